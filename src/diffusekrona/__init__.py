@@ -1,0 +1,27 @@
+"""Kronecker adapters (ΔW = s · A ⊗ B) for Diffusers models, as a PEFT tuner.
+
+The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `factors.py`, `ops.py`, `layer.py` and
+`model.py`, in that order.
+"""
+
+from .config import KronAConfig
+from .layer import KronALayer
+from .model import KronAModel
+from .ops import kron_linear
+from .pipeline import inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
+from .report import KronAReport, krona_report
+
+__all__ = [
+    "KronAConfig",
+    "KronALayer",
+    "KronAModel",
+    "KronAReport",
+    "inject_krona",
+    "kron_linear",
+    "krona_report",
+    "load_krona",
+    "merge_krona",
+    "save_krona",
+    "unload_krona",
+    "unmerge_krona",
+]

@@ -1,0 +1,59 @@
+"""The architectures that the paper counts parameters on, built from their published configurations without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .errors import KronAError
+
+_SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+_SD15_TEXT_ENCODER: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "sdxl": lambda: UNet2DConditionModel(**_SDXL_UNET),
+    "sd15": lambda: UNet2DConditionModel(**_SD15_UNET),
+    "sd15-text-encoder": lambda: CLIPTextModel(CLIPTextConfig(**_SD15_TEXT_ENCODER)),
+}
+"""Name → builder: the SDXL UNet, and the UNet and text encoder of Stable Diffusion 1.x."""
+
+
+def build(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One of `ARCHITECTURES`: on the meta device it takes no memory, elsewhere its weights are random.
+
+    Raises:
+        KronAError: no architecture has that name.
+    """
+    if name not in ARCHITECTURES:
+        raise KronAError(f"No architecture is named {name!r}; there are: {', '.join(ARCHITECTURES)}.")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return ARCHITECTURES[name]()
+    finally:
+        torch.set_default_dtype(default)

@@ -1,0 +1,79 @@
+"""The base model: a Diffusers pipeline from a folder or from the Hugging Face hub, or a sentence that says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+
+from .errors import KronAError
+
+
+class BaseModelError(KronAError):
+    """There is no such base model, or its folder is not a whole pipeline."""
+
+
+def load_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a pipeline of any class, on the CPU.
+
+    Args:
+        base: a folder that `save_pretrained` wrote, or the id of a model on the hub, such as "owner/name".
+        dtype: of the weights.
+
+    Raises:
+        BaseModelError: neither a folder nor a model that the hub (or its local cache) has, or an incomplete folder.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return _from_folder(folder, dtype)
+    if folder.is_file():
+        raise BaseModelError(
+            f"{folder} is a file, but a base model is a folder in Diffusers' layout. Convert it once with "
+            "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder), or the same of "
+            "StableDiffusionPipeline."
+        )
+    return _from_hub(str(base), folder.absolute(), dtype)
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(
+            f"The folder {folder} has no model_index.json, so it is not a pipeline. "
+            "Give the folder that pipe.save_pretrained(folder) wrote."
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BaseModelError(f"The pipeline in {folder} cannot be loaded: {error}") from error
+
+
+def _from_hub(name: str, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except HFValidationError as error:
+        raise BaseModelError(
+            f"There is no base model {name!r}: no folder {folder}, and it cannot be the id of a model on the Hugging "
+            'Face hub, which looks like "owner/name". Check the path.'
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"There is no base model {name!r}: no folder {folder}, and the Hugging Face hub did not give one of that "
+            "name (it could not be reached, has no such model, or wants you to log in), nor did its local cache. "
+            "Check the spelling and the connection, or give a folder that pipe.save_pretrained(folder) wrote. "
+            f"The hub's client said: {_first_sentence(error)}"
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

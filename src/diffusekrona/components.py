@@ -1,0 +1,153 @@
+"""Which modules of a pipeline an adapter goes into, and what those modules were before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .config import KronAConfig
+from .errors import AdapterNameError, KronAError
+from .model import krona_layers, remove_adapter
+
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+_DIFFUSERS_FLAG = "_hf_peft_config_loaded"
+
+
+@dataclass
+class _Before:
+    """What a module was before our first adapter: its trainable parameters, and Diffusers' flag if it was set."""
+
+    trainable: list[nn.Parameter]
+    flag: bool
+
+
+_before: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether `model` is a Diffusers pipeline rather than a single module."""
+    return not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), dict)
+
+
+def adaptable_components(model: Any) -> dict[str, nn.Module]:
+    """The denoiser and text encoders of a pipeline by component name, denoiser first; a single module as "".
+
+    Raises:
+        KronAError: neither a module nor a pipeline with a UNet or transformer.
+    """
+    if isinstance(model, nn.Module):
+        return {"": unwrapped(model)}
+    parts = model.components if is_pipeline(model) else {}
+    found = {
+        name: unwrapped(parts[name]) for name in (*DENOISERS, *TEXT_ENCODERS) if isinstance(parts.get(name), nn.Module)
+    }
+    if not any(name in DENOISERS for name in found):
+        raise KronAError(
+            f"Expected a torch module or a Diffusers pipeline with a `unet` or `transformer`, got {type(model).__name__}."
+        )
+    return found
+
+
+def is_denoiser(component: str) -> bool:
+    """Whether a component is what the paper adapts for SDXL: the denoiser, or a module given by itself."""
+    return component == "" or component in DENOISERS
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that adapters go into, without torch.compile's or PEFT's wrapper."""
+    module = getattr(module, "_orig_mod", module)
+    return module.get_base_model() if isinstance(module, PeftModel) else module
+
+
+def adapter_names(component: nn.Module) -> list[str]:
+    """Names of the KronA adapters in a component, oldest first."""
+    configs: dict[str, Any] = getattr(component, "peft_config", None) or {}
+    return [name for name, config in configs.items() if isinstance(config, KronAConfig)]
+
+
+def check_free_name(components: Iterable[nn.Module], adapter_name: str) -> None:
+    """Raise `AdapterNameError` if the name cannot be a key of a module, or any adapter of any method has it."""
+    if not adapter_name or "." in adapter_name:
+        raise AdapterNameError(f"An adapter name must not be empty or hold a dot, got {adapter_name!r}.")
+    for component in components:
+        if adapter_name in (getattr(component, "peft_config", None) or {}):
+            raise AdapterNameError(
+                f"The {type(component).__name__} already has an adapter named {adapter_name!r}; "
+                "give this one another adapter_name, or take that one out with unload_krona."
+            )
+
+
+def named_adapter(components: dict[str, nn.Module], adapter_name: str | None) -> str:
+    """The adapter meant by `adapter_name`; None means the only one there is.
+
+    Raises:
+        AdapterNameError: there is none of that name, or None is asked for and there is not exactly one.
+    """
+    names = list(dict.fromkeys(name for component in components.values() for name in adapter_names(component)))
+    if adapter_name is None and len(names) == 1:
+        return names[0]
+    if adapter_name in names:
+        return str(adapter_name)
+    if not names:
+        raise AdapterNameError("There is no KronA adapter here; add one with inject_krona or load_krona.")
+    wanted = "Which adapter is meant is not clear" if adapter_name is None else f"No KronA adapter is named {adapter_name!r}"
+    raise AdapterNameError(f"{wanted}; there are: {', '.join(names)}.")
+
+
+def remember(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Note what modules are before our first adapter, for `restore`. Returns those not noted already."""
+    new = [module for module in modules if module not in _before]
+    for module in new:
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        _before[module] = _Before(trainable, bool(vars(module).get(_DIFFUSERS_FLAG)))
+    return new
+
+
+def restore(modules: Iterable[nn.Module]) -> None:
+    """Give modules that hold no KronA adapter any more the trainable parameters and flags they had before the first."""
+    for module in modules:
+        before = _before.pop(module, None)
+        if before is None:
+            continue
+        for parameter in before.trainable:
+            parameter.requires_grad_(True)
+        if not before.flag and not getattr(module, "peft_config", None):
+            vars(module).pop(_DIFFUSERS_FLAG, None)
+
+
+def mark_adapted(component: nn.Module) -> None:
+    """Tell Diffusers and transformers that the component has adapters, as their own `add_adapter` does."""
+    if hasattr(component, _DIFFUSERS_FLAG):
+        setattr(component, _DIFFUSERS_FLAG, True)
+
+
+def remove_from(component: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of a component: its factors, its layers if they hold no other, its config, its extra modules.
+
+    Merged factors come out of the base weights first, bit for bit.
+    """
+    remove_adapter(component, adapter_name)
+    for name, module in list(component.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            del module.modules_to_save[adapter_name]
+            if not module.modules_to_save:
+                parent, _, child = name.rpartition(".")
+                setattr(component.get_submodule(parent), child, module.original_module)
+    configs: dict[str, Any] | None = getattr(component, "peft_config", None)
+    if configs is not None:
+        configs.pop(adapter_name, None)
+        if not configs:
+            del component.peft_config
+
+
+def merged_layers(component: nn.Module) -> bool:
+    """Whether any KronALayer of a component is merged."""
+    return any(layer.merged for layer in krona_layers(component).values())

@@ -1,0 +1,160 @@
+"""KronAConfig: what the user chooses about an adapter, checked where it is made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from .errors import ConfigError
+
+Init = Literal["zeros", "normal", "normal_sqrt", "kaiming_uniform", "xavier_uniform"]
+
+ATTENTION_PROJECTIONS = (
+    "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
+    "q_proj", "k_proj", "v_proj", "out_proj",  # CLIP text encoders
+)  # fmt: skip
+
+
+class KronAPeftType(str, Enum):
+    """KronA's entry in PEFT's tables of methods. A `str`, because saved configs hold it as text."""
+
+    KRONA = "KRONA"
+
+
+@dataclass
+class KronAConfig(PeftConfig):
+    """Configuration of a Kronecker adapter: ΔW = alpha · A ⊗ B for each targeted linear layer.
+
+    A layer of d outputs and h inputs gets A of a1 × a2 and B of (d/a1) × (h/a2). The defaults are the paper's best
+    settings (Section 4.2, Appendix D.2): (4, 64), A normal, B zero, so that a fresh adapter changes nothing.
+
+    Args:
+        a1: rows of A; must divide the outputs of every targeted layer.
+        a2: columns of A; must divide the inputs of every targeted layer.
+        alpha: the scale s of the update.
+        target_modules: which layers to adapt: names, matched exactly or as a dotted suffix; or one regular expression
+            that must match a layer's whole name. Default: the attention projections of Diffusers UNets and
+            transformers (to_q, to_k, to_v, to_out.0) and of CLIP text encoders (q_proj, k_proj, v_proj, out_proj).
+        exclude_modules: layers to leave out, named as in `target_modules`.
+        factor_pattern: regular expression → (a1, a2) for the layers whose name, or whose dotted suffix, it matches;
+            the first match counts. For example `{"to_k": (2, 32), r"mid_block\\..*": (8, 64)}`.
+        alpha_pattern: regular expression → alpha, matched likewise.
+        dropout: probability in [0, 1) of zeroing each input feature of the update while training.
+        init_a: how A starts. Appendix D.2 names the choices without saying whether it gives a variance or a standard
+            deviation; here it is always the standard deviation, as in the authors' own code.
+            "zeros": 0. "normal": N(0, 1/a2) of the paper, standard deviation 1/a2. "normal_sqrt": N(0, √min(d, h)),
+            standard deviation √min(d, h) of the layer. "kaiming_uniform": the paper's KU, uniform within √(6 / columns).
+            "xavier_uniform": the paper's XU, uniform within √(6 / (rows + columns)).
+        init_b: how B starts; the same names. "normal" has standard deviation 1/a2 for B, too.
+        init_weights: True starts the factors as `init_a` and `init_b` say. False makes both random ("normal"), so that
+            a test sees an update that is not zero.
+        layers_to_transform: adapt only the layers with these indices in their name.
+        layers_pattern: name of the list that `layers_to_transform` counts in.
+        modules_to_save: modules that are trained in full and saved with the adapter.
+
+    Raises:
+        ConfigError: a value that no layer could use.
+    """
+
+    a1: int = field(default=4, metadata={"help": "Rows of A; must divide the layer's outputs."})
+    a2: int = field(default=64, metadata={"help": "Columns of A; must divide the layer's inputs."})
+    alpha: float = field(default=1.0, metadata={"help": "Scale s of the update s·A ⊗ B."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers to adapt; default: the attention projections Q, K, V, O."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
+    factor_pattern: dict[str, tuple[int, int]] = field(
+        default_factory=dict, metadata={"help": "Regular expression → (a1, a2) of the layers it matches."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Regular expression → alpha of the layers it matches."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Probability of zeroing an input of the update."})
+    init_a: Init = field(default="normal", metadata={"help": "How A starts."})
+    init_b: Init = field(default="zeros", metadata={"help": "How B starts."})
+    init_weights: bool = field(default=True, metadata={"help": "False makes both factors random, for tests."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "List the indices count in."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = KronAPeftType.KRONA
+        if self.target_modules is None:
+            self.target_modules = set(ATTENTION_PROJECTIONS)
+        self.target_modules = _names("target_modules", self.target_modules)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty; name at least one layer, or leave it out for Q, K, V and O.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern does nothing without layers_to_transform; give the indices, too.")
+        self._check_factors()
+        self._check_scales()
+        self._check_init()
+
+    def _check_factors(self) -> None:
+        self.a1, self.a2 = _factor_pair("a1, a2", (self.a1, self.a2))
+        _check_patterns("factor_pattern", self.factor_pattern)
+        # JSON has no tuples, so a config that was saved comes back with lists.
+        self.factor_pattern = {
+            pattern: _factor_pair(f"factor_pattern[{pattern!r}]", pair) for pattern, pair in self.factor_pattern.items()
+        }
+
+    def _check_scales(self) -> None:
+        _check_patterns("alpha_pattern", self.alpha_pattern)
+        named = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
+        for name, value in {"alpha": self.alpha, **named}.items():
+            if not _is_number(value) or not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, not {value!r}.")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
+
+    def _check_init(self) -> None:
+        for name, value in (("init_a", self.init_a), ("init_b", self.init_b)):
+            if value not in get_args(Init):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(Init))}, not {value!r}.")
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"init_weights must be True or False, not {self.init_weights!r}.")
+        if self.init_weights and self.init_a == self.init_b == "zeros":
+            raise ConfigError("init_a and init_b are both zeros: every gradient would be zero. Make one of them random.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values, sets as sorted lists, so that equal configs are saved as equal bytes."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
+
+
+def _names(field_name: str, value: Iterable[str] | str | None) -> set[str] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    names = set(value)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{field_name} must hold names, not {sorted(map(repr, names))}.")
+    return names
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _factor_pair(name: str, pair: object) -> tuple[int, int]:
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        a1, a2 = pair
+        if all(isinstance(a, int) and not isinstance(a, bool) and a >= 1 for a in (a1, a2)):
+            return a1, a2
+    raise ConfigError(f"{name} must be two whole numbers of at least 1, (a1, a2), not {pair!r}.")
+
+
+def _check_patterns(name: str, patterns: object) -> None:
+    if not isinstance(patterns, Mapping):
+        raise ConfigError(f"{name} must map regular expressions to values, not be {patterns!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression: {error}.") from error

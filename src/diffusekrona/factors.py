@@ -1,0 +1,186 @@
+"""Integer arithmetic of adapters: legal factor shapes, parameter counts, rank bounds and multiply-adds.
+
+Notation, as everywhere in this library: a linear layer's weight is d × h (d outputs, h inputs). KronA's update is
+A ⊗ B with A of a1 × a2 and B of b1 × b2, a1·b1 = d and a2·b2 = h (paper, Table 1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from .errors import FactorShapeError
+
+Order = Literal["A first", "B first"]
+
+
+class FactorShapes(NamedTuple):
+    """The shapes of both factors of one layer: A is a1 × a2, B is b1 × b2."""
+
+    a1: int
+    a2: int
+    b1: int
+    b2: int
+
+    @property
+    def d(self) -> int:
+        """Output features, a1·b1."""
+        return self.a1 * self.b1
+
+    @property
+    def h(self) -> int:
+        """Input features, a2·b2."""
+        return self.a2 * self.b2
+
+
+def divisors(n: int) -> list[int]:
+    """Every divisor of `n` ≥ 1, ascending."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return small + [n // i for i in reversed(small) if i * i != n]
+
+
+def nearest_divisors(n: int, wanted: int) -> list[int]:
+    """The divisor of `n` that is `wanted`, or the nearest below and above it (one of them at the ends)."""
+    found = divisors(n)
+    if wanted in found:
+        return [wanted]
+    below = [i for i in found if i < wanted]
+    above = [i for i in found if i > wanted]
+    return below[-1:] + above[:1]
+
+
+def legal_factors(d: int, h: int) -> list[tuple[int, int]]:
+    """Every (a1, a2) that a d × h layer can take, ascending."""
+    return [(a1, a2) for a1 in divisors(d) for a2 in divisors(h)]
+
+
+def nearest_factors(d: int, h: int, a1: int, a2: int) -> tuple[int, int]:
+    """The legal (a1, a2) whose entries are nearest to the ones asked for, as ratios; the smaller one of a tie."""
+    return _nearest(d, a1), _nearest(h, a2)
+
+
+def _nearest(n: int, wanted: int) -> int:
+    return min(nearest_divisors(n, wanted), key=lambda i: (max(i, wanted) / min(i, wanted), i))
+
+
+def factor_shapes(d: int, h: int, a1: int, a2: int) -> FactorShapes:
+    """Shapes of A and B for a d × h layer.
+
+    Raises:
+        FactorShapeError: a1 does not divide d or a2 does not divide h; the text names the divisors on either side.
+    """
+    problems = [
+        f"{name}={wanted} does not divide its {n} {side} features (nearest divisors: "
+        + " and ".join(map(str, nearest_divisors(n, wanted)))
+        + ")"
+        for name, wanted, n, side in (("a1", a1, d, "output"), ("a2", a2, h, "input"))
+        if n % wanted
+    ]
+    if problems:
+        near = nearest_factors(d, h, a1, a2)
+        raise FactorShapeError(f"{' and '.join(problems)}; the nearest factors that fit are {near}")
+    return FactorShapes(a1, a2, d // a1, h // a2)
+
+
+def lokr_shapes(d: int, h: int, factor: int = -1) -> FactorShapes:
+    """Shapes of LoKr's w1 (a1 × a2) and w2 (b1 × b2), as PEFT splits them: one `factor` for both sides.
+
+    A positive `factor` that divides a side n becomes w1's part of it. Otherwise w1's part is the largest divisor of n
+    that is at most √n and, for a positive factor, at most `factor`; -1 sets no limit.
+    """
+    a1, b1 = _lokr_split(d, factor)
+    a2, b2 = _lokr_split(h, factor)
+    return FactorShapes(a1, a2, b1, b2)
+
+
+def _lokr_split(n: int, factor: int) -> tuple[int, int]:
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    limit = math.isqrt(n) if factor < 0 else min(factor, math.isqrt(n))
+    small = max(i for i in divisors(n) if i <= limit)
+    return small, n // small
+
+
+def krona_parameters(d: int, h: int, a1: int, a2: int) -> int:
+    """Trainable parameters of KronA: a1·a2 + b1·b2 (paper, Table 1)."""
+    shapes = factor_shapes(d, h, a1, a2)
+    return shapes.a1 * shapes.a2 + shapes.b1 * shapes.b2
+
+
+def lora_parameters(d: int, h: int, r: int) -> int:
+    """Trainable parameters of LoRA: r(d + h) (paper, Table 1)."""
+    return r * (d + h)
+
+
+def lokr_parameters(d: int, h: int, r: int | None = None, factor: int = -1) -> int:
+    """Trainable parameters of LoKr. w2 is kept whole for `r=None` and wherever r is at least half its longer side."""
+    w = lokr_shapes(d, h, factor)
+    w2 = w.b1 * w.b2 if _lokr_keeps_w2(w, r) else lora_parameters(w.b1, w.b2, r or 0)
+    return w.a1 * w.a2 + w2
+
+
+def _lokr_keeps_w2(w: FactorShapes, r: int | None) -> bool:
+    return r is None or 2 * r >= max(w.b1, w.b2)
+
+
+def loha_parameters(d: int, h: int, r: int) -> int:
+    """Trainable parameters of LoHa, the Hadamard product of two rank-r products: 2r(d + h)."""
+    return 2 * r * (d + h)
+
+
+def krona_rank(d: int, h: int, a1: int, a2: int) -> int:
+    """Highest rank of A ⊗ B: min(a1, a2)·min(b1, b2) (paper, Theorem E.2)."""
+    shapes = factor_shapes(d, h, a1, a2)
+    return min(shapes.a1, shapes.a2) * min(shapes.b1, shapes.b2)
+
+
+def lora_rank(d: int, h: int, r: int) -> int:
+    """Highest rank of a LoRA update."""
+    return min(r, d, h)
+
+
+def lokr_rank(d: int, h: int, r: int | None = None, factor: int = -1) -> int:
+    """Highest rank of a LoKr update."""
+    w = lokr_shapes(d, h, factor)
+    w2 = min(w.b1, w.b2) if _lokr_keeps_w2(w, r) else min(r or 0, w.b1, w.b2)
+    return min(w.a1, w.a2) * w2
+
+
+def loha_rank(d: int, h: int, r: int) -> int:
+    """Highest rank of a LoHa update: a Hadamard product of two rank-r matrices has rank at most r²."""
+    return min(r * r, d, h)
+
+
+def krona_multiply_adds(shapes: FactorShapes, order: Order, tokens: int = 1) -> int:
+    """Multiply-adds of (A ⊗ B)x for `tokens` inputs, without ever building A ⊗ B.
+
+    A first makes an a1 × b2 intermediate per token: a1·a2·b2 + a1·b2·b1. B first makes an a2 × b1 one:
+    a2·b2·b1 + a1·a2·b1.
+    """
+    a1, a2, b1, b2 = shapes
+    if order == "A first":
+        return tokens * (a1 * a2 * b2 + a1 * b2 * b1)
+    return tokens * (a2 * b2 * b1 + a1 * a2 * b1)
+
+
+def cheapest_order(shapes: FactorShapes) -> Order:
+    """The order of the two products of (A ⊗ B)x that needs fewer multiply-adds; A first on a tie."""
+    a_first = krona_multiply_adds(shapes, "A first")
+    return "A first" if a_first <= krona_multiply_adds(shapes, "B first") else "B first"
+
+
+def lora_multiply_adds(d: int, h: int, r: int, tokens: int = 1) -> int:
+    """Multiply-adds of a LoRA update for `tokens` inputs."""
+    return tokens * r * (d + h)
+
+
+def lokr_multiply_adds(d: int, h: int, r: int | None = None, factor: int = -1, tokens: int = 1) -> int:
+    """Multiply-adds of a LoKr update that builds ΔW = w1 ⊗ w2 and applies it to `tokens` inputs."""
+    w = lokr_shapes(d, h, factor)
+    build_w2 = 0 if _lokr_keeps_w2(w, r) else w.b1 * w.b2 * (r or 0)
+    return build_w2 + d * h + tokens * d * h
+
+
+def loha_multiply_adds(d: int, h: int, r: int, tokens: int = 1) -> int:
+    """Multiply-adds of a LoHa update that builds ΔW and applies it to `tokens` inputs."""
+    return 2 * r * d * h + d * h + tokens * d * h

@@ -1,0 +1,239 @@
+"""KronALayer: wraps one linear layer and adds s · (A ⊗ B)x to its output."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .config import Init
+from .errors import FactorShapeError, MergeError
+from .exact import Restoration, Term, arithmetic_dtype, check_mergeable, merge_, unmerge_
+from .factors import FactorShapes, factor_shapes
+from .ops import kron_linear
+
+
+class KronALayer(nn.Module, BaseTunerLayer):
+    """A linear layer with any number of Kronecker adapters: y = base(x) + Σ s · (A ⊗ B)x over the active ones.
+
+    Args:
+        base_layer: an `nn.Linear` of d outputs and h inputs, anything that behaves like one, or another adapter's
+            layer around one. It stays frozen and is called as it is, so hooks and quantized weights keep working.
+
+    Attributes:
+        krona_A: adapter name → A, a1 × a2.
+        krona_B: adapter name → B, (d/a1) × (h/a2).
+        alpha: adapter name → the scale chosen in its config.
+        scaling: adapter name → the scale in force, alpha times the adapter's weight.
+
+    Raises:
+        FactorShapeError: the base layer is not linear.
+    """
+
+    adapter_layer_names = ("krona_A", "krona_B")
+    other_param_names = ("alpha", "scaling", "dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = linear_size(self.get_base_layer())
+        self.krona_A = nn.ParameterDict()
+        self.krona_B = nn.ParameterDict()
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._merged_terms: dict[str, Term] = {}
+        self._restoration: Restoration | None = None
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        a1: int,
+        a2: int,
+        *,
+        alpha: float = 1.0,
+        dropout: float = 0.0,
+        init_a: Init = "normal",
+        init_b: Init = "zeros",
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter, or start an existing one anew, with A of a1 × a2. Its factors are fp32 on the base's device.
+
+        Raises:
+            FactorShapeError: a1 does not divide the outputs, or a2 the inputs.
+        """
+        shapes = factor_shapes(self.out_features, self.in_features, a1, a2)
+        device = self.get_base_layer().weight.device
+        self.krona_A[adapter_name] = nn.Parameter(torch.empty(shapes.a1, shapes.a2, device=device))
+        self.krona_B[adapter_name] = nn.Parameter(torch.empty(shapes.b1, shapes.b2, device=device))
+        self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
+        self.dropout[adapter_name] = dropout
+        init_factor_(self.krona_A[adapter_name], init_a, shapes)
+        init_factor_(self.krona_B[adapter_name], init_b, shapes)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def factor_shapes(self, adapter_name: str) -> FactorShapes:
+        """The shapes of one adapter's A and B."""
+        return FactorShapes(*self.krona_A[adapter_name].shape, *self.krona_B[adapter_name].shape)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = base(x) + Σ s · (A ⊗ B)x over the active adapters that are not merged.
+
+        Args:
+            x: (..., h). Further arguments go to the base layer.
+
+        Returns:
+            (..., d), in the base layer's dtype.
+        """
+        if self.disable_adapters:
+            self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.krona_A and name not in self.merged_adapters:
+                result = result + self._delta(name, x).to(result.dtype)
+        return result
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        if self.training and self.dropout[name]:
+            x = nn.functional.dropout(x, self.dropout[name])
+        # The scale goes into the smaller factor, and both take x's dtype: cheaper than touching x or the output.
+        A = self.krona_A[name] * self.scaling[name]
+        return kron_linear(x, A.to(x.dtype), self.krona_B[name].to(x.dtype))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense update s · A ⊗ B of one adapter, d × h, in the factors' dtype."""
+        return torch.kron(self.krona_A[adapter] * self.scaling[adapter], self.krona_B[adapter])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the update is additive, so `peft.convert_to_lora` can approximate it."""
+        return True
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make `scale` times alpha the scale of one adapter, if this layer has it."""
+        if adapter in self.alpha:
+            self.scaling[adapter] = scale * self.alpha[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without an argument go back to alpha."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.alpha[name] if scale is None else self.scaling[name] / scale
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold s · A ⊗ B of the named adapters, or of the active ones, into the base weight, in place.
+
+        The arithmetic is fp32 whatever the weight's dtype, the sum over all merged adapters is rounded once, and
+        `unmerge` gives back the old weight bit for bit, also after the factors have changed.
+
+        Args:
+            safe_merge: no effect: every merge is checked before it changes anything.
+
+        Raises:
+            MergeError: the result would not be finite, or the base weight is quantized. Nothing has changed then.
+        """
+        terms = self.merge_terms(adapter_names)
+        self.check_mergeable(terms)
+        self.set_merged(terms)
+
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Take the named merged adapters, or all, out of the base weight. Without any left it is what it was, bitwise.
+
+        Raises:
+            MergeError: the weight was cast to another dtype while merged.
+        """
+        names = self.merged_adapters if adapter_names is None else adapter_names
+        self.set_merged({name: term for name, term in self._merged_terms.items() if name not in names})
+
+    def merge_terms(self, adapter_names: list[str] | None = None) -> dict[str, Term]:
+        """What would be merged after `merge(adapter_names=...)`: the terms merged now, then the new ones."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.krona_A]
+        dtype = arithmetic_dtype(self.get_base_layer().weight.dtype)
+        with torch.no_grad():
+            # .to() would return the parameter itself where the dtype fits, and the terms must outlive its changes.
+            new = {
+                name: (self.krona_A[name].to(dtype) * self.scaling[name], self.krona_B[name].to(dtype, copy=True))
+                for name in names
+            }
+        return {**self._merged_terms, **new}
+
+    @torch.no_grad()
+    def check_mergeable(self, terms: dict[str, Term]) -> None:
+        """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
+        base = self.get_base_layer()
+        if not base.weight.dtype.is_floating_point or base.weight.shape != (self.out_features, self.in_features):
+            raise MergeError(
+                f"the base layer, a {type(base).__name__}, keeps its weight as {base.weight.dtype} of shape "
+                f"{tuple(base.weight.shape)}; only plain floating-point weights can be merged into, so load the base "
+                "unquantized"
+            )
+        before = self._merged_terms
+        self.set_merged({})
+        try:
+            check_mergeable(base.weight, list(terms.values()))
+        finally:
+            self.set_merged(before)
+
+    def check_unmergeable(self) -> None:
+        """Raise `MergeError` if the weight was cast to another dtype while merged."""
+        dtype = self.get_base_layer().weight.dtype
+        if self._restoration is not None and dtype != self._restoration.dtype:
+            raise MergeError(
+                f"the base weight was merged in {self._restoration.dtype} and is now {dtype}, so its original bits are "
+                "lost; cast only unmerged models"
+            )
+
+    @torch.no_grad()
+    def set_merged(self, terms: dict[str, Term]) -> None:
+        """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds."""
+        if terms.keys() == self._merged_terms.keys():
+            return
+        self.check_unmergeable()
+        weight = self.get_base_layer().weight
+        if self._restoration is not None:
+            unmerge_(weight, list(self._merged_terms.values()), self._restoration)
+        self._restoration = merge_(weight, list(terms.values())) if terms else None
+        self._merged_terms = terms
+        self.merged_adapters = list(terms)
+
+    @property
+    def restoration(self) -> Restoration | None:
+        """What is kept to unmerge exactly; None while nothing is merged."""
+        return self._restoration
+
+
+def linear_size(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer.
+
+    Raises:
+        FactorShapeError: the layer does not behave like `nn.Linear`.
+    """
+    size = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    if isinstance(size[0], int) and isinstance(size[1], int) and hasattr(layer, "weight"):
+        return size[0], size[1]
+    raise FactorShapeError(f"it is a {type(layer).__name__}, and KronA adapts linear layers only")
+
+
+@torch.no_grad()
+def init_factor_(factor: Tensor, init: Init, shapes: FactorShapes) -> None:
+    """Fill a factor of a layer of these shapes in place, as `KronAConfig` describes each name (Appendix D.2)."""
+    rows, columns = factor.shape
+    if init == "zeros":
+        factor.zero_()
+    elif init == "normal":
+        factor.normal_(std=1 / shapes.a2)
+    elif init == "normal_sqrt":
+        factor.normal_(std=math.sqrt(min(shapes.d, shapes.h)))
+    else:
+        bound = math.sqrt(6 / (columns if init == "kaiming_uniform" else rows + columns))
+        factor.uniform_(-bound, bound)

@@ -1,0 +1,156 @@
+"""KronAModel: puts KronALayers into a model as a KronAConfig says. A PEFT tuner, entered in PEFT's own tables."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import peft.mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .config import KronAConfig, KronAPeftType
+from .errors import FactorShapeError
+from .factors import FactorShapes, factor_shapes
+from .layer import KronALayer, linear_size
+
+
+class KronAModel(BaseTuner):
+    """PEFT's injector for Kronecker adapters. `get_peft_model`, `unet.add_adapter` and their kin make it.
+
+    Injection is all or nothing: every targeted layer is checked first, and the error lists all that do not fit.
+
+    Raises:
+        FactorShapeError: a targeted layer is not linear or its size is not divisible by its factors.
+    """
+
+    prefix = "krona_"
+    tuner_layer_cls = KronALayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Put the adapter into every layer that its config, or else the given state dict, names."""
+        try:
+            self._check_layers(model, self.peft_config[adapter_name], state_dict)
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        except Exception:
+            remove_adapter(model, adapter_name)
+            # The dictionary is the model's own where it already had adapters.
+            self.peft_config.pop(adapter_name)
+            raise
+
+    def _check_layers(self, model: nn.Module, config: KronAConfig, state_dict: dict[str, Tensor] | None) -> None:
+        config = _maybe_include_all_linear_layers(config, model)
+        targets = target_layers(model, config)
+        if state_dict is not None:
+            targets = {name: layer for name, layer in targets.items() if f"{name}.{self.prefix}A" in state_dict}
+        problems = {}
+        for name, layer in targets.items():
+            try:
+                layer_shapes(config, name, layer)
+            except FactorShapeError as error:
+                problems[name] = str(error)
+        if problems:
+            raise FactorShapeError(_describe(problems))
+        _warn_unmatched(config, list(targets))
+
+    def _create_and_replace(
+        self,
+        config: KronAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, KronALayer) else KronALayer(target)
+        a1, a2 = layer_factors(config, current_key)
+        layer.update_layer(
+            adapter_name,
+            a1,
+            a2,
+            alpha=layer_alpha(config, current_key),
+            dropout=config.dropout,
+            init_a=config.init_a if config.init_weights else "normal",
+            init_b=config.init_b if config.init_weights else "normal",
+            inference_mode=config.inference_mode,
+        )
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+
+def layer_factors(config: KronAConfig, layer_name: str) -> tuple[int, int]:
+    """(a1, a2) of a layer: the first match in `factor_pattern`, else the config's own."""
+    return config.factor_pattern.get(get_pattern_key(list(config.factor_pattern), layer_name), (config.a1, config.a2))
+
+
+def layer_alpha(config: KronAConfig, layer_name: str) -> float:
+    """alpha of a layer: the first match in `alpha_pattern`, else the config's own."""
+    return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer_name), config.alpha)
+
+
+def layer_shapes(config: KronAConfig, layer_name: str, layer: nn.Module) -> FactorShapes:
+    """Shapes of the factors that a config gives to a layer, itself or under other adapters.
+
+    Raises:
+        FactorShapeError: the layer is not linear or its size is not divisible by its factors.
+    """
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return factor_shapes(*linear_size(base), *layer_factors(config, layer_name))
+
+
+def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]:
+    """The layers of a model that a config targets, by dotted name. Other adapters' insides do not count."""
+    named = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in named.items()
+        if name and not name.startswith(inside) and KronAModel._check_target_module_exists(config, name)
+    }
+
+
+def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
+    """Every KronALayer of a model by its dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KronALayer)}
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter's factors out of a model, and each KronALayer that is left with none."""
+    for name, layer in krona_layers(model).items():
+        layer.unmerge([adapter_name])
+        if adapter_name in layer.krona_A:
+            layer.delete_adapter(adapter_name)
+        if not layer.krona_A:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _describe(problems: dict[str, str], shown: int = 3) -> str:
+    listed = "".join(f"\n  {name}: {problem}." for name, problem in list(problems.items())[:shown])
+    more = f"\n  and {len(problems) - shown} more." if len(problems) > shown else ""
+    return (
+        f"{len(problems)} targeted layer(s) cannot take these factors; nothing was changed.{listed}{more}\n"
+        "Choose other factors for them with factor_pattern={'name or regular expression': (a1, a2)}, "
+        "or leave them out with exclude_modules."
+    )
+
+
+def _warn_unmatched(config: KronAConfig, targets: list[str]) -> None:
+    for pattern in config.factor_pattern:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+            warnings.warn(f"factor_pattern has {pattern!r}, which matches no targeted layer.", RuntimeWarning, stacklevel=2)
+
+
+def _register() -> None:
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[KronAPeftType.KRONA] = KronAConfig
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[KronAPeftType.KRONA] = KronAModel
+    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[KronAPeftType.KRONA] = KronAModel.prefix
+
+
+_register()

@@ -1,0 +1,192 @@
+"""krona_report: what an adapter is, layer by layer: shapes, parameters, ranks and cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .components import adaptable_components, adapter_names, named_adapter
+from .factors import (
+    FactorShapes,
+    cheapest_order,
+    krona_multiply_adds,
+    krona_parameters,
+    krona_rank,
+    lora_multiply_adds,
+    lora_parameters,
+)
+from .layer import KronALayer
+from .model import krona_layers
+
+LORA_RANK = 4
+"""The rank of the LoRA that the paper compares with (Table 2)."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    Attributes:
+        name: dotted name, with the component's in front.
+        shapes: of A and B.
+        rank: the rank the update has, rank(A)·rank(B); None where the factors hold no values (meta device).
+    """
+
+    name: str
+    shapes: FactorShapes
+    rank: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, a1·a2 + b1·b2."""
+        return krona_parameters(self.shapes.d, self.shapes.h, self.shapes.a1, self.shapes.a2)
+
+    @property
+    def lora_parameters(self) -> int:
+        """What LoRA of rank 4 would train here."""
+        return lora_parameters(self.shapes.d, self.shapes.h, LORA_RANK)
+
+    @property
+    def highest_rank(self) -> int:
+        """The rank the update can reach."""
+        return krona_rank(self.shapes.d, self.shapes.h, self.shapes.a1, self.shapes.a2)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds per token of the update, in the cheaper order."""
+        return krona_multiply_adds(self.shapes, cheapest_order(self.shapes))
+
+    @property
+    def lora_multiply_adds(self) -> int:
+        """Multiply-adds per token of LoRA of rank 4."""
+        return lora_multiply_adds(self.shapes.d, self.shapes.h, LORA_RANK)
+
+
+@dataclass(frozen=True)
+class KronAReport:
+    """All adapted layers of a model. Printing it gives a table with one row for each kind of layer.
+
+    Attributes:
+        adapter_name: the adapter.
+        layers: one entry per adapted layer.
+        base_parameters: parameters of the adapted components without any adapter.
+    """
+
+    adapter_name: str
+    layers: list[LayerReport]
+    base_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters in all."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def lora_parameters(self) -> int:
+        """What LoRA of rank 4 would train in the same layers."""
+        return sum(layer.lora_parameters for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over the base's."""
+        return self.parameters / self.base_parameters
+
+    def table(self, every_layer: bool = False) -> Table:
+        """The report as a rich table, one row per kind of layer or per layer."""
+        table = Table(title=f"KronA adapter {self.adapter_name!r}", footer_style="bold")
+        rows = [(layer.name, [layer]) for layer in self.layers] if every_layer else list(self._kinds())
+        for header, total in (
+            ("layers" if not every_layer else "layer", str(len(self.layers))),
+            ("d × h", ""),
+            ("A", ""),
+            ("B", ""),
+            ("parameters", f"{self.parameters:,}"),
+            ("LoRA r=4", f"{self.lora_parameters:,}"),
+            ("rank", ""),
+            ("highest", ""),
+            ("multiply-adds", ""),
+            ("LoRA r=4", ""),
+        ):
+            table.add_column(header, footer=total, justify="right")
+        for name, layers in rows:
+            table.add_row(name, *_cells(layers))
+        table.show_footer = True
+        table.caption = (
+            f"{self.parameters:,} trainable parameters, {self.share:.3%} of the base's {self.base_parameters:,}; "
+            f"LoRA r=4 has {self.lora_parameters:,}. Multiply-adds are per token and layer."
+        )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self.table())
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return str(text).rstrip()
+
+    def _kinds(self) -> Iterator[tuple[str, list[LayerReport]]]:
+        for _, same in groupby(sorted(self.layers, key=lambda layer: layer.shapes), key=lambda layer: layer.shapes):
+            layers = list(same)
+            yield str(len(layers)), layers
+
+
+def krona_report(model: Any, adapter_name: str | None = None) -> KronAReport:
+    """Report on an adapter of a pipeline or module, on any device, also on meta.
+
+    Args:
+        model: the pipeline or module that holds the adapter.
+        adapter_name: which adapter; may be left out while there is just one.
+
+    Raises:
+        AdapterNameError: no such adapter.
+    """
+    components = adaptable_components(model)
+    name = named_adapter(components, adapter_name)
+    adapted = {part: module for part, module in components.items() if name in adapter_names(module)}
+    layers = [
+        LayerReport(f"{part}.{layer_name}" if part else layer_name, layer.factor_shapes(name), _rank(layer, name))
+        for part, module in adapted.items()
+        for layer_name, layer in krona_layers(module).items()
+        if name in layer.krona_A
+    ]
+    base = sum(
+        parameter.numel()
+        for module in adapted.values()
+        for key, parameter in module.named_parameters()
+        if ".krona_" not in key
+    )
+    return KronAReport(name, layers, base)
+
+
+def _rank(layer: KronALayer, name: str) -> int | None:
+    factors = (layer.krona_A[name].detach(), layer.krona_B[name].detach())
+    if any(factor.is_meta for factor in factors):
+        return None
+    # The product of the ranks is the update's rank: Theorem E.2.
+    ranks = [int(torch.linalg.matrix_rank(factor.float())) for factor in factors]
+    return ranks[0] * ranks[1]
+
+
+def _cells(layers: list[LayerReport]) -> list[str]:
+    shapes = layers[0].shapes
+    ranks = sorted({layer.rank for layer in layers if layer.rank is not None})
+    return [
+        f"{shapes.d} × {shapes.h}",
+        f"{shapes.a1} × {shapes.a2}",
+        f"{shapes.b1} × {shapes.b2}",
+        f"{sum(layer.parameters for layer in layers):,}",
+        f"{sum(layer.lora_parameters for layer in layers):,}",
+        "–".join(map(str, ranks[:1] + ranks[1:][-1:])),
+        str(layers[0].highest_rank),
+        f"{layers[0].multiply_adds:,}",
+        f"{layers[0].lora_multiply_adds:,}",
+    ]
