@@ -1,0 +1,35 @@
+# Each target first makes .venv from the pinned constraints.txt.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: demo test lint bench base clean
+
+demo: .venv/ready
+	$(BIN)/diffusekrona demo
+
+test: .venv/ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit; done
+
+base: .venv/ready
+	$(BIN)/python -m recipes.base
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "Making .venv: torch, the largest part; a minute or more"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt torch
+	@echo "Making .venv: the rest"
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
