@@ -1,4 +1,4 @@
-"""The base model: a Diffusers pipeline from a folder or from the Hugging Face hub, or a sentence that says why not."""
+"""The base model: a Diffusers pipeline from a folder or the Hugging Face hub, or an error saying why not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
         dtype: of the weights.
 
     Raises:
-        BaseModelError: neither a folder nor a model that the hub (or its local cache) has, or an incomplete folder.
+        BaseModelError: neither a folder nor a model that the hub or its local cache has, or a broken folder.
     """
     folder = Path(base).expanduser()
     if folder.is_dir():
@@ -62,14 +62,15 @@ def _from_hub(name: str, folder: Path, dtype: torch.dtype) -> Any:
         return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     except HFValidationError as error:
         raise BaseModelError(
-            f"There is no base model {name!r}: no folder {folder}, and it cannot be the id of a model on the Hugging "
-            'Face hub, which looks like "owner/name". Check the path.'
+            f"There is no base model {name!r}: no folder {folder}, and it cannot be the id of a model on the "
+            'Hugging Face hub, which looks like "owner/name". Check the path.'
         ) from error
     except (OSError, ValueError) as error:
         raise BaseModelError(
-            f"There is no base model {name!r}: no folder {folder}, and the Hugging Face hub did not give one of that "
-            "name (it could not be reached, has no such model, or wants you to log in), nor did its local cache. "
-            "Check the spelling and the connection, or give a folder that pipe.save_pretrained(folder) wrote. "
+            f"There is no base model {name!r}: no folder {folder}, and the Hugging Face hub did not give one "
+            "of that name (it could not be reached, has no such model, or wants you to log in), nor did its "
+            "local cache. Check the spelling and the connection, or give a folder that "
+            "pipe.save_pretrained(folder) wrote. "
             f"The hub's client said: {_first_sentence(error)}"
         ) from error
 
