@@ -1,0 +1,292 @@
+"""The commands. Each reads its options, calls the library, and prints what came of it."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from .architectures import ARCHITECTURES, build
+from .base import default_device, load_base
+from .config import KronAConfig
+from .demo.run import TRAINING as DEMO_TRAINING
+from .demo.run import DemoPaths, run_demo
+from .demo.table import rich_table
+from .errors import KronAError
+from .generation import generate_images
+from .pipeline import inject_krona, load_krona, merge_krona, save_krona
+from .progress import errors, progress, training_progress
+from .report import krona_report
+from .training import TrainingConfig, train_dreambooth
+from .training.config import Precision, Schedule
+
+console = Console()
+
+
+class _Commands(TyperGroup):
+    """Ends a command with one line instead of a traceback where the user can mend it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KronAError, OSError) as error:
+            errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            errors.print("Stopped before the end.")
+            raise typer.Exit(130) from interrupt
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+class DType(str, Enum):
+    """The types that weights can be loaded in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+    @property
+    def in_torch(self) -> torch.dtype:
+        """The type of this name."""
+        dtype: torch.dtype = getattr(torch, self.value)
+        return dtype
+
+
+@app.callback()
+def main() -> None:
+    """Kronecker adapters (ΔW = A ⊗ B) for Stable Diffusion and SDXL: train one on a few images, use it."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+Base = Annotated[str, typer.Option(help="Base model: a Diffusers pipeline folder, or its id on the hub.")]
+
+
+@app.command()
+def train(
+    base: Base,
+    images: Annotated[Path, typer.Option(help="Folder of 3 to 5 images; name.txt beside an image is its prompt.")],
+    prompt: Annotated[str, typer.Option(help='The subject: a rare word and its class, such as "a sks toy".')],
+    output: Annotated[Path, typer.Option(help="Where to save: a folder, or a file that ends in .safetensors.")],
+    a1: Annotated[int, typer.Option(help="Rows of A; must divide every layer's outputs.")] = 4,
+    a2: Annotated[int, typer.Option(help="Columns of A; must divide every layer's inputs.")] = 64,
+    factors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=A1,A2", help="Other factors for some layers; repeatable."),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Scale of the update.")] = 1.0,
+    dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(help="Images per pass.")] = 1,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Passes per optimizer step.")] = 1,
+    resolution: Annotated[
+        int | None, typer.Option(show_default="the base's", help="Side of the images in pixels.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    lr_schedule: Annotated[Schedule, typer.Option(help="Learning-rate schedule.")] = "constant",
+    lr_warmup_steps: Annotated[int, typer.Option(help="Warm-up steps of the schedule.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 1e-2,
+    max_grad_norm: Annotated[float, typer.Option(help="Longest gradient; longer ones are scaled down.")] = 1.0,
+    snr_gamma: Annotated[
+        float | None, typer.Option(show_default="off", help="γ of Min-SNR weighting, usually 5.")
+    ] = None,
+    mixed_precision: Annotated[Precision, typer.Option(help="Type that matrix products are computed in.")] = "no",
+    dtype: Annotated[
+        DType, typer.Option(help="Type of the frozen base; the 16-bit ones take half the memory.")
+    ] = DType.float32,
+    horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror images half of the time.")] = False,
+    text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Adapt the text encoders, too.")] = False,
+) -> None:
+    """Teach a base model one subject from a few images (DreamBooth), and save the adapter."""
+    adapter = KronAConfig(a1=a1, a2=a2, alpha=alpha, dropout=dropout, factor_pattern=_factor_pattern(factors or []))
+    config = TrainingConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        resolution=resolution,
+        seed=seed,
+        lr_schedule=lr_schedule,
+        lr_warmup_steps=lr_warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        snr_gamma=snr_gamma,
+        mixed_precision=mixed_precision,
+        horizontal_flip=horizontal_flip,
+        text_encoders=text_encoders,
+    )
+    _make_room_for(output)
+    pipe = load_base(base, dtype.in_torch)
+    with training_progress(steps) as on_step:
+        result = train_dreambooth(pipe, images, prompt, config, adapter, on_step=on_step)
+    save_krona(pipe, output)
+    report = krona_report(pipe)
+    console.print(
+        f"Adapted {len(report.layers)} layers with {report.parameters:,} trainable parameters, "
+        f"{report.share:.3%} of the base's; LoRA r=4 has {report.lora_parameters:,}.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"{result.steps} steps on {result.images} images in {result.seconds:.1f} s, final loss {result.final_loss:.4f}",
+        soft_wrap=True,
+    )
+    console.print(f"Saved {escape(str(output))}, {decimal(_bytes_in(output))}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    base: Base,
+    output: Annotated[Path, typer.Option(help="Folder for the images.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show; repeatable.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    adapter: Annotated[Path | None, typer.Option(show_default="none", help="Adapter folder or file.")] = None,
+    weight: Annotated[float, typer.Option(help="Strength of the adapter.")] = 1.0,
+    merge: Annotated[bool, typer.Option(help="Merge the adapter into the weights, which makes it free.")] = True,
+    images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt, at seed, seed + 1, …")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of each prompt's first image.")] = 0,
+    guidance_scale: Annotated[float, typer.Option(help="How closely to follow the prompt; 7 to 10 suits most.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="Denoising steps; 30 to 70 suit most.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Images per pass.")] = 1,
+    height: Annotated[int | None, typer.Option(show_default="the base's", help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(show_default="the base's", help="Width in pixels.")] = None,
+    device: Annotated[
+        str | None, typer.Option(show_default="a GPU if any", help="Such as cuda, cuda:1 or cpu.")
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(show_default="float16 on a GPU, float32 on the CPU", help="Type of the weights."),
+    ] = None,
+) -> None:
+    """Generate images from prompts, with or without an adapter."""
+    asked = _prompts(prompt or [], prompts_file)
+    repeated = [text for text in asked for _ in range(images_per_prompt)]
+    seeds = [seed + index for _ in asked for index in range(images_per_prompt)]
+    place = torch.device(device) if device else default_device()
+    pipe = load_base(base, _dtype_for(place, dtype)).to(place)
+    pipe.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        _use_adapter(pipe, adapter, weight, merge)
+    output.mkdir(parents=True, exist_ok=True)
+    with progress("Generating", total=None) as show:
+        pictures = generate_images(
+            pipe,
+            repeated,
+            seeds,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            batch_size=batch_size,
+            height=height,
+            width=width,
+            negative_prompt=negative_prompt,
+            on_step=lambda done, total: show(completed=done, total=total),
+        )
+    for index, (picture, text, used) in enumerate(zip(pictures, repeated, seeds, strict=True)):
+        path = output / f"{index:03d}-{_slug(text)}-seed{used}.png"
+        picture.save(path)
+        console.print(escape(str(path)), soft_wrap=True)
+
+
+@app.command()
+def params(
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(ARCHITECTURES)}, or a pipeline folder or hub id.")
+    ] = "sdxl",
+    a1: Annotated[int, typer.Option(help="Rows of A; must divide every layer's outputs.")] = 4,
+    a2: Annotated[int, typer.Option(help="Columns of A; must divide every layer's inputs.")] = 64,
+    factors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=A1,A2", help="Other factors for some layers; repeatable."),
+    ] = None,
+    every_layer: Annotated[bool, typer.Option(help="One row per layer, not per kind of layer.")] = False,
+) -> None:
+    """Count what an adapter would train, without weights: shapes, parameters, ranks, cost, LoRA beside it."""
+    target = build(model) if model in ARCHITECTURES else load_base(model, torch.float32)
+    inject_krona(target, KronAConfig(a1=a1, a2=a2, factor_pattern=_factor_pattern(factors or [])))
+    console.print(krona_report(target).table(every_layer))
+
+
+@app.command()
+def demo(
+    base: Annotated[Path, typer.Option(help="Folder of the base model.")] = DemoPaths.base,
+    judge: Annotated[Path, typer.Option(help="Folder of the classifier.")] = DemoPaths.judge,
+    subject: Annotated[Path, typer.Option(help="Folder of the subject's pictures.")] = DemoPaths.subject,
+    output: Annotated[Path, typer.Option(help="Folder for the adapter and the pictures.")] = DemoPaths.output,
+) -> None:
+    """Teach the repository's small base model a new subject; save, reload, merge, generate and measure."""
+    with training_progress(DEMO_TRAINING.steps) as on_step:
+        result = run_demo(DemoPaths(base, judge, subject, output), on_step=on_step, on_stage=console.print)
+    console.print(rich_table(result))
+    console.print(escape(str(result.picture)), soft_wrap=True)
+
+
+def _factor_pattern(options: list[str]) -> dict[str, tuple[int, int]]:
+    """`REGEX=A1,A2` options as KronAConfig's `factor_pattern`. The expression may hold equals signs."""
+    pattern = {}
+    for option in options:
+        found = re.fullmatch(r"(.+)=\s*(\d+)\s*,\s*(\d+)\s*", option)
+        if found is None:
+            raise KronAError(f'--factors takes REGEX=A1,A2, such as "to_k|to_v=2,32", not {option!r}.')
+        pattern[found[1].strip()] = (int(found[2]), int(found[3]))
+    return pattern
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    prompts = given + [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise KronAError("There is no prompt. Give --prompt, or --prompts-file with one per line.")
+    return prompts
+
+
+def _dtype_for(device: torch.device, dtype: DType | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype.in_torch
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _use_adapter(pipe: Any, path: Path, weight: float, merge: bool) -> None:
+    load_krona(pipe, path)
+    if weight != 1:
+        pipe.set_adapters("default", adapter_weights=weight)
+    if merge:
+        merge_krona(pipe)
+
+
+def _make_room_for(output: Path) -> None:
+    """Fail before the training, not after it, where the adapter could not be saved."""
+    if output.suffix == ".safetensors":
+        if output.is_dir():
+            raise KronAError(f"--output {output} is a folder; a file that ends in .safetensors was expected.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    elif output.is_file():
+        raise KronAError(f"--output {output} is a file; give a folder, or a file that ends in .safetensors.")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def _bytes_in(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _slug(prompt: str, length: int = 40) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:length].strip("-") or "image"
+
+
+if __name__ == "__main__":
+    app()
