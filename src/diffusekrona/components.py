@@ -1,4 +1,4 @@
-"""Which modules of a pipeline an adapter goes into, and what those modules were before."""
+"""Which modules of a pipeline an adapter goes into, and which of their parameters were trainable before."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from peft import PeftModel
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .config import KronAConfig
 from .errors import AdapterNameError, KronAError
-from .model import krona_layers, remove_adapter
-
-DENOISERS = ("unet", "transformer")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+from .formats.krona import DENOISERS, TEXT_ENCODERS
 
 _DIFFUSERS_FLAG = "_hf_peft_config_loaded"
 
 
 @dataclass
 class _Before:
-    """What a module was before our first adapter: its trainable parameters, and Diffusers' flag if it was set."""
+    """What a module was before our first adapter."""
 
     trainable: list[nn.Parameter]
-    flag: bool
+    adapted: bool
+    """Whether it held other methods' adapters."""
 
 
 _before: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()
@@ -51,9 +48,17 @@ def adaptable_components(model: Any) -> dict[str, nn.Module]:
     }
     if not any(name in DENOISERS for name in found):
         raise KronAError(
-            f"Expected a torch module or a Diffusers pipeline with a `unet` or `transformer`, got {type(model).__name__}."
+            "Expected a torch module or a Diffusers pipeline with a `unet` or `transformer`, "
+            f"got {type(model).__name__}."
         )
     return found
+
+
+def all_modules(model: Any) -> list[nn.Module]:
+    """Every module of a pipeline, adaptable or not; a single module by itself."""
+    if isinstance(model, nn.Module):
+        return [unwrapped(model)]
+    return [unwrapped(part) for part in model.components.values() if isinstance(part, nn.Module)]
 
 
 def is_denoiser(component: str) -> bool:
@@ -74,14 +79,17 @@ def adapter_names(component: nn.Module) -> list[str]:
 
 
 def check_free_name(components: Iterable[nn.Module], adapter_name: str) -> None:
-    """Raise `AdapterNameError` if the name cannot be a key of a module, or any adapter of any method has it."""
-    if not adapter_name or "." in adapter_name:
-        raise AdapterNameError(f"An adapter name must not be empty or hold a dot, got {adapter_name!r}.")
+    """Raise `AdapterNameError` if no module could have such a key, or any method's adapter has the name."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        raise AdapterNameError(
+            f"An adapter cannot be named {adapter_name!r}: a name must not be empty, hold a dot, or be what "
+            "torch's modules call something of their own."
+        )
     for component in components:
         if adapter_name in (getattr(component, "peft_config", None) or {}):
             raise AdapterNameError(
                 f"The {type(component).__name__} already has an adapter named {adapter_name!r}; "
-                "give this one another adapter_name, or take that one out with unload_krona."
+                "give this one another adapter_name, or take that one out first."
             )
 
 
@@ -98,7 +106,9 @@ def named_adapter(components: dict[str, nn.Module], adapter_name: str | None) ->
         return str(adapter_name)
     if not names:
         raise AdapterNameError("There is no KronA adapter here; add one with inject_krona or load_krona.")
-    wanted = "Which adapter is meant is not clear" if adapter_name is None else f"No KronA adapter is named {adapter_name!r}"
+    wanted = (
+        "Which adapter is meant is not clear" if adapter_name is None else f"No KronA adapter is named {adapter_name!r}"
+    )
     raise AdapterNameError(f"{wanted}; there are: {', '.join(names)}.")
 
 
@@ -107,47 +117,30 @@ def remember(modules: Iterable[nn.Module]) -> list[nn.Module]:
     new = [module for module in modules if module not in _before]
     for module in new:
         trainable = [p for p in module.parameters() if p.requires_grad]
-        _before[module] = _Before(trainable, bool(vars(module).get(_DIFFUSERS_FLAG)))
+        _before[module] = _Before(trainable, bool(getattr(module, "peft_config", None)))
     return new
 
 
 def restore(modules: Iterable[nn.Module]) -> None:
-    """Give modules that hold no KronA adapter any more the trainable parameters and flags they had before the first."""
+    """Make the parameters trainable again that were so before the first KronA adapter; the last one is gone.
+
+    A module that got another method's adapter meanwhile stays frozen: that adapter would have frozen it.
+    """
     for module in modules:
         before = _before.pop(module, None)
-        if before is None:
+        if before is None or (getattr(module, "peft_config", None) and not before.adapted):
             continue
         for parameter in before.trainable:
             parameter.requires_grad_(True)
-        if not before.flag and not getattr(module, "peft_config", None):
-            vars(module).pop(_DIFFUSERS_FLAG, None)
+
+
+def forget(modules: Iterable[nn.Module]) -> None:
+    """Drop what `remember` noted."""
+    for module in modules:
+        _before.pop(module, None)
 
 
 def mark_adapted(component: nn.Module) -> None:
     """Tell Diffusers and transformers that the component has adapters, as their own `add_adapter` does."""
     if hasattr(component, _DIFFUSERS_FLAG):
         setattr(component, _DIFFUSERS_FLAG, True)
-
-
-def remove_from(component: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a component: its factors, its layers if they hold no other, its config, its extra modules.
-
-    Merged factors come out of the base weights first, bit for bit.
-    """
-    remove_adapter(component, adapter_name)
-    for name, module in list(component.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            del module.modules_to_save[adapter_name]
-            if not module.modules_to_save:
-                parent, _, child = name.rpartition(".")
-                setattr(component.get_submodule(parent), child, module.original_module)
-    configs: dict[str, Any] | None = getattr(component, "peft_config", None)
-    if configs is not None:
-        configs.pop(adapter_name, None)
-        if not configs:
-            del component.peft_config
-
-
-def merged_layers(component: nn.Module) -> bool:
-    """Whether any KronALayer of a component is merged."""
-    return any(layer.merged for layer in krona_layers(component).values())

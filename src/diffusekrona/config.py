@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -29,7 +29,7 @@ class KronAPeftType(str, Enum):
 
 @dataclass
 class KronAConfig(PeftConfig):
-    """Configuration of a Kronecker adapter: ΔW = alpha · A ⊗ B for each targeted linear layer.
+    r"""Configuration of a Kronecker adapter: ΔW = alpha · A ⊗ B for each targeted linear layer.
 
     A layer of d outputs and h inputs gets A of a1 × a2 and B of (d/a1) × (h/a2). The defaults are the paper's best
     settings (Section 4.2, Appendix D.2): (4, 64), A normal, B zero, so that a fresh adapter changes nothing.
@@ -43,14 +43,14 @@ class KronAConfig(PeftConfig):
             transformers (to_q, to_k, to_v, to_out.0) and of CLIP text encoders (q_proj, k_proj, v_proj, out_proj).
         exclude_modules: layers to leave out, named as in `target_modules`.
         factor_pattern: regular expression → (a1, a2) for the layers whose name, or whose dotted suffix, it matches;
-            the first match counts. For example `{"to_k": (2, 32), r"mid_block\\..*": (8, 64)}`.
+            the first match counts. For example `{"to_k": (2, 32), r"mid_block\..*": (8, 64)}`.
         alpha_pattern: regular expression → alpha, matched likewise.
         dropout: probability in [0, 1) of zeroing each input feature of the update while training.
         init_a: how A starts. Appendix D.2 names the choices without saying whether it gives a variance or a standard
             deviation; here it is always the standard deviation, as in the authors' own code.
             "zeros": 0. "normal": N(0, 1/a2) of the paper, standard deviation 1/a2. "normal_sqrt": N(0, √min(d, h)),
-            standard deviation √min(d, h) of the layer. "kaiming_uniform": the paper's KU, uniform within √(6 / columns).
-            "xavier_uniform": the paper's XU, uniform within √(6 / (rows + columns)).
+            standard deviation √min(d, h) of the layer. "kaiming_uniform": the paper's KU, uniform within
+            √(6 / columns). "xavier_uniform": the paper's XU, uniform within √(6 / (rows + columns)).
         init_b: how B starts; the same names. "normal" has standard deviation 1/a2 for B, too.
         init_weights: True starts the factors as `init_a` and `init_b` say. False makes both random ("normal"), so that
             a test sees an update that is not zero.
@@ -92,25 +92,45 @@ class KronAConfig(PeftConfig):
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one layer, or leave it out for Q, K, V and O.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern does nothing without layers_to_transform; give the indices, too.")
+        if self.modules_to_save is not None:
+            self.modules_to_save = _name_list("modules_to_save", self.modules_to_save)
+        self._check_indices()
         self._check_factors()
         self._check_scales()
         self._check_init()
 
+    def _check_indices(self) -> None:
+        if self.layers_pattern:
+            if self.layers_to_transform is None:
+                raise ConfigError("layers_pattern does nothing without layers_to_transform; give the indices.")
+            if not isinstance(self.layers_pattern, str):
+                self.layers_pattern = _name_list("layers_pattern", self.layers_pattern)
+            patterns = self.layers_pattern
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                _check_pattern("layers_pattern", pattern)
+        if self.layers_to_transform is None:
+            return
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            raise ConfigError(
+                "layers_to_transform does nothing where target_modules is a regular expression; put the indices "
+                "into the expression, or give target_modules as a list of names."
+            )
+        if not _is_whole(self.layers_to_transform, 0):
+            self.layers_to_transform = _index_list(self.layers_to_transform)
+
     def _check_factors(self) -> None:
         self.a1, self.a2 = _factor_pair("a1, a2", (self.a1, self.a2))
-        _check_patterns("factor_pattern", self.factor_pattern)
         # JSON has no tuples, so a config that was saved comes back with lists.
         self.factor_pattern = {
-            pattern: _factor_pair(f"factor_pattern[{pattern!r}]", pair) for pattern, pair in self.factor_pattern.items()
+            pattern: _factor_pair(f"factor_pattern[{pattern!r}]", pair)
+            for pattern, pair in _pattern_dict("factor_pattern", self.factor_pattern).items()
         }
 
     def _check_scales(self) -> None:
-        _check_patterns("alpha_pattern", self.alpha_pattern)
+        self.alpha_pattern = _pattern_dict("alpha_pattern", self.alpha_pattern)
         named = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
         for name, value in {"alpha": self.alpha, **named}.items():
-            if not _is_number(value) or not math.isfinite(value):
+            if not _is_number(value) or not abs(value) <= sys.float_info.max:
                 raise ConfigError(f"{name} must be a finite number, not {value!r}.")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
@@ -122,39 +142,73 @@ class KronAConfig(PeftConfig):
         if not isinstance(self.init_weights, bool):
             raise ConfigError(f"init_weights must be True or False, not {self.init_weights!r}.")
         if self.init_weights and self.init_a == self.init_b == "zeros":
-            raise ConfigError("init_a and init_b are both zeros: every gradient would be zero. Make one of them random.")
+            raise ConfigError(
+                "init_a and init_b are both zeros: every gradient would be zero. Make one of them random."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values, sets as sorted lists, so that equal configs are saved as equal bytes."""
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
+        values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
+        # The first pattern that matches counts, and PEFT sorts the keys of what it saves: pairs keep their order.
+        for name in ("factor_pattern", "alpha_pattern"):
+            values[name] = [list(pair) for pair in values[name].items()]
+        return values
 
 
 def _names(field_name: str, value: Iterable[str] | str | None) -> set[str] | str | None:
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_pattern(field_name, value)
         return value
-    names = set(value)
-    if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{field_name} must hold names, not {sorted(map(repr, names))}.")
-    return names
+    return set(_name_list(field_name, value))
+
+
+def _name_list(field_name: str, value: object) -> list[str]:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        names = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise ConfigError(f"{field_name} must be a list of names, not {value!r}.")
+
+
+def _index_list(value: object) -> list[int]:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        indices = list(value)
+        if all(_is_whole(index, 0) for index in indices):
+            return indices
+    raise ConfigError(f"layers_to_transform must be one or more layer indices of at least 0, not {value!r}.")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _factor_pair(name: str, pair: object) -> tuple[int, int]:
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         a1, a2 = pair
-        if all(isinstance(a, int) and not isinstance(a, bool) and a >= 1 for a in (a1, a2)):
+        if _is_whole(a1, 1) and _is_whole(a2, 1):
             return a1, a2
     raise ConfigError(f"{name} must be two whole numbers of at least 1, (a1, a2), not {pair!r}.")
 
 
-def _check_patterns(name: str, patterns: object) -> None:
-    if not isinstance(patterns, Mapping):
+def _pattern_dict(name: str, patterns: object) -> dict[str, Any]:
+    pairs = list(patterns.items()) if isinstance(patterns, Mapping) else patterns
+    if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise ConfigError(f"{name} must map regular expressions to values, not be {patterns!r}.")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression: {error}.") from error
+    for pattern, _ in pairs:
+        _check_pattern(name, pattern)
+    return dict(pairs)
+
+
+def _check_pattern(name: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression written as text.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression: {error}.") from error

@@ -20,6 +20,8 @@ from .ops import kron_rows
 Term = tuple[Tensor, Tensor]
 """One adapter's part of an update: s·A and B, in the arithmetic's dtype. Kept for `unmerge_`, so never changed."""
 
+MERGEABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 _CHUNK_ENTRIES = 1 << 20
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,7 +50,7 @@ class Restoration:
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that updates of a weight of `dtype` are computed in: fp32, or the weight's own if that is wider."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_mergeable(weight: Tensor, terms: list[Term]) -> None:

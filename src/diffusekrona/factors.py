@@ -55,12 +55,12 @@ def legal_factors(d: int, h: int) -> list[tuple[int, int]]:
 
 
 def nearest_factors(d: int, h: int, a1: int, a2: int) -> tuple[int, int]:
-    """The legal (a1, a2) whose entries are nearest to the ones asked for, as ratios; the smaller one of a tie."""
+    """The legal (a1, a2) whose entries are nearest to the ones asked for, as ratios."""
     return _nearest(d, a1), _nearest(h, a2)
 
 
 def _nearest(n: int, wanted: int) -> int:
-    return min(nearest_divisors(n, wanted), key=lambda i: (max(i, wanted) / min(i, wanted), i))
+    return min(nearest_divisors(n, wanted), key=lambda i: max(i, wanted) / min(i, wanted))
 
 
 def factor_shapes(d: int, h: int, a1: int, a2: int) -> FactorShapes:

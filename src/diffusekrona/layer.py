@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import Init
 from .errors import FactorShapeError, MergeError
-from .exact import Restoration, Term, arithmetic_dtype, check_mergeable, merge_, unmerge_
+from .exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype, check_mergeable, merge_, unmerge_
 from .factors import FactorShapes, factor_shapes
 from .ops import kron_linear
 
@@ -67,14 +67,29 @@ class KronALayer(nn.Module, BaseTunerLayer):
             FactorShapeError: a1 does not divide the outputs, or a2 the inputs.
         """
         shapes = factor_shapes(self.out_features, self.in_features, a1, a2)
-        device = self.get_base_layer().weight.device
-        self.krona_A[adapter_name] = nn.Parameter(torch.empty(shapes.a1, shapes.a2, device=device))
-        self.krona_B[adapter_name] = nn.Parameter(torch.empty(shapes.b1, shapes.b2, device=device))
+        device = self.weight.device
+        for factors, size in ((self.krona_A, (shapes.a1, shapes.a2)), (self.krona_B, (shapes.b1, shapes.b2))):
+            factors[adapter_name] = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         self.dropout[adapter_name] = dropout
         init_factor_(self.krona_A[adapter_name], init_a, shapes)
         init_factor_(self.krona_B[adapter_name], init_b, shapes)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter. If it is merged, it comes out of the base weight first, as in `unmerge`.
+
+        Raises:
+            MergeError: as in `unmerge`.
+        """
+        self.unmerge([adapter_name])
+        super().delete_adapter(adapter_name)
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapter name → the rank its update can reach. Diffusers counts these to name a LoRA loaded on top."""
+        shapes = {name: self.factor_shapes(name) for name in self.krona_A}
+        return {name: min(s.a1, s.a2) * min(s.b1, s.b2) for name, s in shapes.items()}
 
     def factor_shapes(self, adapter_name: str) -> FactorShapes:
         """The shapes of one adapter's A and B."""
@@ -84,16 +99,17 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """y = base(x) + Σ s · (A ⊗ B)x over the active adapters that are not merged.
 
         Args:
-            x: (..., h). Further arguments go to the base layer.
+            x: (..., h).
+            *args: for the base layer.
+            **kwargs: for the base layer.
 
         Returns:
             (..., d), in the base layer's dtype.
         """
         if self.disable_adapters:
             self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
+        for name in [] if self.disable_adapters else self.active_adapters:
             if name in self.krona_A and name not in self.merged_adapters:
                 result = result + self._delta(name, x).to(result.dtype)
         return result
@@ -107,7 +123,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update s · A ⊗ B of one adapter, d × h, in the factors' dtype."""
-        return torch.kron(self.krona_A[adapter] * self.scaling[adapter], self.krona_B[adapter])
+        # torch.kron refuses some factors that are not contiguous.
+        A, B = self.krona_A[adapter].contiguous(), self.krona_B[adapter].contiguous()
+        return torch.kron(A * self.scaling[adapter], B)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is additive, so `peft.convert_to_lora` can approximate it."""
@@ -138,6 +156,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
         Args:
             safe_merge: no effect: every merge is checked before it changes anything.
+            adapter_names: which adapters; those already merged stay so.
 
         Raises:
             MergeError: the result would not be finite, or the base weight is quantized. Nothing has changed then.
@@ -151,18 +170,24 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
         Raises:
             MergeError: the weight was cast to another dtype while merged.
+            TypeError: `adapter_names` is a single name.
         """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = self.merged_adapters if adapter_names is None else adapter_names
         self.set_merged({name: term for name, term in self._merged_terms.items() if name not in names})
 
     def merge_terms(self, adapter_names: list[str] | None = None) -> dict[str, Term]:
         """What would be merged after `merge(adapter_names=...)`: the terms merged now, then the new ones."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.krona_A]
-        dtype = arithmetic_dtype(self.get_base_layer().weight.dtype)
+        dtype = arithmetic_dtype(self.weight.dtype)
         with torch.no_grad():
             # .to() would return the parameter itself where the dtype fits, and the terms must outlive its changes.
             new = {
-                name: (self.krona_A[name].to(dtype) * self.scaling[name], self.krona_B[name].to(dtype, copy=True))
+                name: (
+                    self.krona_A[name].to(dtype) * self.scaling[name],
+                    self.krona_B[name].to(dtype, copy=True),
+                )
                 for name in names
             }
         return {**self._merged_terms, **new}
@@ -170,23 +195,23 @@ class KronALayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def check_mergeable(self, terms: dict[str, Term]) -> None:
         """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
-        base = self.get_base_layer()
-        if not base.weight.dtype.is_floating_point or base.weight.shape != (self.out_features, self.in_features):
+        weight = self.weight
+        if weight.dtype not in MERGEABLE_DTYPES or weight.shape != (self.out_features, self.in_features):
             raise MergeError(
-                f"the base layer, a {type(base).__name__}, keeps its weight as {base.weight.dtype} of shape "
-                f"{tuple(base.weight.shape)}; only plain floating-point weights can be merged into, so load the base "
-                "unquantized"
+                f"the base layer, a {type(self.get_base_layer()).__name__}, keeps its weight as {weight.dtype} of "
+                f"shape {tuple(weight.shape)}; only plain weights of 16, 32 or 64 bits can be merged into, so load the "
+                "base unquantized"
             )
         before = self._merged_terms
         self.set_merged({})
         try:
-            check_mergeable(base.weight, list(terms.values()))
+            check_mergeable(weight, list(terms.values()))
         finally:
             self.set_merged(before)
 
     def check_unmergeable(self) -> None:
         """Raise `MergeError` if the weight was cast to another dtype while merged."""
-        dtype = self.get_base_layer().weight.dtype
+        dtype = self.weight.dtype
         if self._restoration is not None and dtype != self._restoration.dtype:
             raise MergeError(
                 f"the base weight was merged in {self._restoration.dtype} and is now {dtype}, so its original bits are "
@@ -199,12 +224,17 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if terms.keys() == self._merged_terms.keys():
             return
         self.check_unmergeable()
-        weight = self.get_base_layer().weight
+        weight = self.weight
         if self._restoration is not None:
             unmerge_(weight, list(self._merged_terms.values()), self._restoration)
         self._restoration = merge_(weight, list(terms.values())) if terms else None
         self._merged_terms = terms
         self.merged_adapters = list(terms)
+
+    @property
+    def merged_terms(self) -> dict[str, Term]:
+        """Adapter name → what the base weight holds of it; empty while nothing is merged."""
+        return self._merged_terms
 
     @property
     def restoration(self) -> Restoration | None:

@@ -1,18 +1,20 @@
-"""KronAModel: puts KronALayers into a model as a KronAConfig says. A PEFT tuner, entered in PEFT's own tables."""
+"""KronAModel: puts KronALayers into a model as a KronAConfig says. A PEFT tuner, entered in PEFT's tables."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft.mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .config import KronAConfig, KronAPeftType
-from .errors import FactorShapeError
+from .errors import AdapterNameError, FactorShapeError
 from .factors import FactorShapes, factor_shapes
 from .layer import KronALayer, linear_size
 
@@ -20,28 +22,36 @@ from .layer import KronALayer, linear_size
 class KronAModel(BaseTuner):
     """PEFT's injector for Kronecker adapters. `get_peft_model`, `unet.add_adapter` and their kin make it.
 
-    Injection is all or nothing: every targeted layer is checked first, and the error lists all that do not fit.
+    Injection is all or nothing: all targeted layers are checked first, and the error names those that misfit.
 
     Raises:
+        AdapterNameError: the model already has a Kronecker adapter of that name.
         FactorShapeError: a targeted layer is not linear or its size is not divisible by its factors.
     """
 
     prefix = "krona_"
     tuner_layer_cls = KronALayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if any(adapter_name in layer.krona_A for layer in krona_layers(model).values()):
+            raise AdapterNameError(
+                f"The {type(model).__name__} already has an adapter named {adapter_name!r}; choose another name."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Put the adapter into every layer that its config, or else the given state dict, names."""
-        try:
+        with undone_on_error([model], adapter_name):
             self._check_layers(model, self.peft_config[adapter_name], state_dict)
-            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-        except Exception:
-            remove_adapter(model, adapter_name)
-            # The dictionary is the model's own where it already had adapters.
-            self.peft_config.pop(adapter_name)
-            raise
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _check_layers(self, model: nn.Module, config: KronAConfig, state_dict: dict[str, Tensor] | None) -> None:
         config = _maybe_include_all_linear_layers(config, model)
@@ -68,7 +78,8 @@ class KronAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, KronALayer) else KronALayer(target)
+        existing = _existing_layer(target)
+        layer = existing or KronALayer(target)
         a1, a2 = layer_factors(config, current_key)
         layer.update_layer(
             adapter_name,
@@ -80,17 +91,20 @@ class KronAModel(BaseTuner):
             init_b=config.init_b if config.init_weights else "normal",
             inference_mode=config.inference_mode,
         )
-        if layer is not target:
+        if existing is None:
+            # A new module starts in training mode, where dropout acts.
+            layer.training = target.training
             self._replace_module(parent, target_name, layer, target)
 
 
 def layer_factors(config: KronAConfig, layer_name: str) -> tuple[int, int]:
     """(a1, a2) of a layer: the first match in `factor_pattern`, else the config's own."""
-    return config.factor_pattern.get(get_pattern_key(list(config.factor_pattern), layer_name), (config.a1, config.a2))
+    key = get_pattern_key(list(config.factor_pattern), layer_name)
+    return config.factor_pattern.get(key, (config.a1, config.a2))
 
 
 def layer_alpha(config: KronAConfig, layer_name: str) -> float:
-    """alpha of a layer: the first match in `alpha_pattern`, else the config's own."""
+    """Alpha of a layer: the first match in `alpha_pattern`, else the config's own."""
     return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer_name), config.alpha)
 
 
@@ -120,15 +134,107 @@ def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, KronALayer)}
 
 
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's own tensors in a model, by the names they are saved under.
+
+    These are `<layer>.krona_A` and `<layer>.krona_B`, and the whole state of each of its `modules_to_save`. A
+    layer under another adapter's has the name that it has without, so it loads where that adapter is not.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KronALayer) and adapter_name in module.krona_A:
+            tensors[f"{name}.{KronAModel.prefix}A"] = module.krona_A[adapter_name]
+            tensors[f"{name}.{KronAModel.prefix}B"] = module.krona_B[adapter_name]
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
+            tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
+    return {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+
+
+@contextmanager
+def undone_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterator[None]:
+    """Where the block fails, remove the adapter that it was adding, and leave the models as they were."""
+    models = list(models)
+    trainable = [(parameter, parameter.requires_grad) for m in models for parameter in m.parameters()]
+    active = [(module, module.active_adapters) for model in models for module in _switches(model)]
+    # PEFT unmerges a model when it adds an adapter.
+    merged = [(layer, layer.merged_terms) for model in models for layer in krona_layers(model).values()]
+    try:
+        yield
+    except BaseException:
+        for model in models:
+            remove_adapter(model, adapter_name)
+        for module, names in active:
+            module.set_adapter(names)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        for layer, terms in merged:
+            layer.set_merged(terms)
+        raise
+
+
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter's factors out of a model, and each KronALayer that is left with none."""
+    """Take an adapter out of a model: factors, config, `modules_to_save`, and each KronALayer left with none.
+
+    Merged factors come out of the base weights first, bit for bit. Where the adapter was active, the newest
+    other Kronecker adapter becomes active. No parameter that stays becomes trainable or frozen.
+    """
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    configs.pop(adapter_name, None)
+    others = [name for name, config in configs.items() if isinstance(config, KronAConfig)]
+    layers = krona_layers(model).values()
+    active = next((layer.active_adapters for layer in layers if adapter_name in layer.active_adapters), None)
+    if active is not None:
+        _activate(model, [name for name in active if name != adapter_name] or others[-1:])
+    for layer in layers:
+        layer.delete_adapter(adapter_name)
+    remove_leftovers(model)
+    for parameter, flag in trainable:
+        parameter.requires_grad_(flag)
+
+
+def remove_leftovers(model: nn.Module) -> None:
+    """Remove what stays of adapters that Diffusers deleted or failed to add: copies, empty layers, flag."""
+    configs = getattr(model, "peft_config", None) or {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            for adapter in set(module.modules_to_save) - set(configs):
+                module.delete_adapter(adapter, module.active_adapters)
+            if not module.modules_to_save:
+                _replace(model, name, module.original_module)
     for name, layer in krona_layers(model).items():
-        layer.unmerge([adapter_name])
-        if adapter_name in layer.krona_A:
-            layer.delete_adapter(adapter_name)
         if not layer.krona_A:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            layer.unmerge()
+            _replace(model, name, layer.base_layer)
+    if not configs:
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            vars(model).pop(attribute, None)
+
+
+def _existing_layer(target: nn.Module) -> KronALayer | None:
+    """The KronALayer of a target, itself or under other layers: two could not both merge into one weight."""
+    layer: Any = target
+    while layer is not None and not isinstance(layer, KronALayer):
+        layer = getattr(layer, "base_layer", None)
+    return layer
+
+
+def _switches(model: nn.Module) -> list[KronALayer | ModulesToSaveWrapper]:
+    return [module for module in model.modules() if isinstance(module, (KronALayer, ModulesToSaveWrapper))]
+
+
+def _activate(model: nn.Module, adapter_names: list[str]) -> None:
+    for module in _switches(model):
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([name for name in adapter_names if name in module.modules_to_save][:1])
+        else:
+            module.set_adapter(adapter_names)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _describe(problems: dict[str, str], shown: int = 3) -> str:
@@ -144,13 +250,16 @@ def _describe(problems: dict[str, str], shown: int = 3) -> str:
 def _warn_unmatched(config: KronAConfig, targets: list[str]) -> None:
     for pattern in config.factor_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
-            warnings.warn(f"factor_pattern has {pattern!r}, which matches no targeted layer.", RuntimeWarning, stacklevel=2)
+            message = f"factor_pattern has {pattern!r}, which matches no targeted layer."
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _register() -> None:
-    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[KronAPeftType.KRONA] = KronAConfig
-    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[KronAPeftType.KRONA] = KronAModel
-    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[KronAPeftType.KRONA] = KronAModel.prefix
+    # PEFT declares these for its own enum; any text that is a key of all three will do.
+    tables: Any = peft.mapping
+    tables.PEFT_TYPE_TO_CONFIG_MAPPING[KronAPeftType.KRONA] = KronAConfig
+    tables.PEFT_TYPE_TO_TUNER_MAPPING[KronAPeftType.KRONA] = KronAModel
+    tables.PEFT_TYPE_TO_PREFIX_MAPPING[KronAPeftType.KRONA] = KronAModel.prefix
 
 
 _register()

@@ -1,4 +1,4 @@
-"""The helpers for a whole Diffusers pipeline, or for any single module: inject, save, load, merge, unmerge, unload.
+"""The helpers for a Diffusers pipeline or any single module: inject, save, load, merge, unmerge, unload.
 
 Each checks everything first, and either finishes or leaves the pipeline as it was, bit for bit.
 """
@@ -6,36 +6,36 @@ Each checks everything first, and either finishes or leaves the pipeline as it w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from .components import (
-    TEXT_ENCODERS,
     adaptable_components,
     adapter_names,
+    all_modules,
     check_free_name,
+    forget,
     is_denoiser,
-    is_pipeline,
     mark_adapted,
     named_adapter,
     remember,
-    remove_from,
     restore,
 )
 from .config import KronAConfig
-from .errors import AdapterFileError, KronAError, MergeError
+from .errors import AdapterFileError, AdapterNameError, MergeError
 from .fit import check_fit
 from .formats import krona as krona_format
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
 from .layer import KronALayer
-from .model import krona_layers
+from .model import adapter_tensors, krona_layers, remove_adapter, remove_leftovers, undone_on_error
 
 
 class InjectedAdapter:
@@ -51,11 +51,11 @@ class InjectedAdapter:
         self.components = components
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the adapter: factors, and the modules that `modules_to_save` trains in full."""
+        """Names and parameters: the factors, and those of the modules that `modules_to_save` trains."""
         for part, component in self.components.items():
-            for key, parameter in component.named_parameters():
-                if key.endswith(f".{self.name}") or f".{self.name}." in key:
-                    yield (f"{part}.{key}" if part else key), parameter
+            for key, tensor in adapter_tensors(component, self.name).items():
+                if isinstance(tensor, nn.Parameter):
+                    yield (f"{part}.{key}" if part else key), tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What to hand to an optimizer."""
@@ -68,16 +68,22 @@ class InjectedAdapter:
 
 
 def inject_krona(
-    model: Any, config: KronAConfig | None = None, adapter_name: str = "default", *, text_encoders: bool = False
+    model: Any,
+    config: KronAConfig | None = None,
+    adapter_name: str = "default",
+    *,
+    text_encoders: bool = False,
 ) -> InjectedAdapter:
-    """Freeze a pipeline or module and put a new, trainable adapter into it.
+    """Freeze a pipeline or module, and put a new, trainable adapter into it as the active KronA adapter.
+
+    Other adapters stay, inactive; those that are merged are unmerged, as PEFT does.
 
     Args:
         model: a Diffusers pipeline, or any `torch.nn.Module`.
         config: which layers and which factors; the paper's best settings by default.
         adapter_name: what to call it.
-        text_encoders: in a pipeline, adapt its text encoders, too, as the paper does for SD 1.x. By default only the
-            denoiser is adapted, as it does for SDXL (Section 3.2).
+        text_encoders: in a pipeline, adapt its text encoders, too, as the paper does for SD 1.x. By default
+            only the denoiser is adapted, as it does for SDXL (Section 3.2).
 
     Returns:
         The adapter; hand its `parameters()` to any optimizer. The factors are fp32 whatever the base's dtype.
@@ -87,18 +93,15 @@ def inject_krona(
         AdapterNameError: the name is taken.
     """
     found = adaptable_components(model)
-    chosen = {
-        part: module
-        for part, module in found.items()
-        if is_denoiser(part) or (text_encoders and part in TEXT_ENCODERS)
-    }
     check_free_name(found.values(), adapter_name)
-    _inject(model, chosen, adapter_name, dict.fromkeys(chosen, config or KronAConfig()))
-    return InjectedAdapter(adapter_name, chosen)
+    chosen = {part: module for part, module in found.items() if text_encoders or is_denoiser(part)}
+    adapter = InjectedAdapter(adapter_name, chosen)
+    _inject(model, adapter, dict.fromkeys(chosen, config or KronAConfig()), freeze=True)
+    return adapter
 
 
 def save_krona(model: Any, path: str | PathLike[str], adapter_name: str | None = None) -> Path:
-    """Save an adapter: to one self-contained file if `path` ends in .safetensors, else to a folder that PEFT reads, too.
+    """Save an adapter: to one self-contained file if `path` ends in .safetensors, else to a PEFT folder.
 
     Args:
         model: the pipeline or module that holds the adapter.
@@ -120,8 +123,9 @@ def save_krona(model: Any, path: str | PathLike[str], adapter_name: str | None =
         for key, tensor in saved.tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterFileError(f"{key} of {part or 'the model'} holds an infinity or a NaN; nothing was saved.")
-    krona_format.write(Path(path), adapters)
-    return Path(path)
+    target = Path(path).expanduser()
+    krona_format.write(target, adapters)
+    return target
 
 
 def load_krona(
@@ -133,14 +137,16 @@ def load_krona(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> InjectedAdapter:
-    """Load a saved adapter into a pipeline or module, beside any others there, and make it the active KronA adapter.
+    """Load a saved adapter into a pipeline or module as the active KronA adapter.
+
+    Other adapters stay, inactive; those that are merged are unmerged, as PEFT does.
 
     Args:
         model: the pipeline or module to load into.
-        path: what `save_krona` wrote, a folder or a file; what PEFT or Diffusers wrote for a KronA adapter; or the id
-            of a hub repository that holds one of these.
+        path: what `save_krona` wrote, a folder or a file; what PEFT or Diffusers wrote for a KronA adapter;
+            or the id of a hub repository that holds one of these.
         adapter_name: what to call it here.
-        trainable: leave its factors trainable, to train on.
+        trainable: freeze everything else, as `inject_krona` does, and train on.
         revision: branch, tag or commit of a hub repository.
         token: access token for the hub.
 
@@ -152,59 +158,60 @@ def load_krona(
     check_free_name(found.values(), adapter_name)
     source = resolve(path, revision=revision, token=token)
     saved = _by_component(krona_format.read(source), found, source)
-    for part, adapter in saved.items():
-        check_fit(found[part], adapter)
-    configs = {part: copy.deepcopy(adapter.config) for part, adapter in saved.items()}
+    for part, one in saved.items():
+        check_fit(found[part], one)
+    configs = {part: copy.deepcopy(one.config) for part, one in saved.items()}
     for config in configs.values():
         config.inference_mode = not trainable
-    chosen = {part: found[part] for part in saved}
-    _inject(model, chosen, adapter_name, configs, {part: adapter.tensors for part, adapter in saved.items()})
-    return InjectedAdapter(adapter_name, chosen)
+    adapter = InjectedAdapter(adapter_name, {part: found[part] for part in saved})
+    _inject(model, adapter, configs, {part: one.tensors for part, one in saved.items()}, freeze=trainable)
+    return adapter
 
 
-def merge_krona(model: Any, adapter_names: list[str] | None = None) -> None:
+def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> None:
     """Fold s · A ⊗ B into the frozen weights, in place; generating then costs what the base model costs.
 
     Args:
         model: the pipeline or module that holds the adapters.
-        adapter_names: which adapters, each with its weight as set by `pipe.set_adapters`; by default the active ones.
+        adapter_names: which adapters, each with its weight as set by `pipe.set_adapters`; by default the
+            active ones.
 
     Raises:
         MergeError: some weight would not be finite, or is quantized. Nothing has changed then.
-        AdapterNameError: no adapter has one of the names.
+        AdapterNameError: no adapter has one of the names, or there is none at all.
     """
     components = adaptable_components(model)
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    for name in names or [None]:
-        named_adapter(components, name) if names else _any_adapter(components)
+    names = _known(components, adapter_names)
+    layers = _layers(components)
+    if not layers:
+        raise AdapterNameError("There is no KronA adapter to merge; add one with inject_krona or load_krona.")
     planned = []
-    for name, layer in _layers(components).items():
-        wanted = [n for n in names or layer.active_adapters if n in layer.krona_A and n not in layer.merged_adapters]
-        terms = layer.merge_terms(wanted) if wanted else {}
-        if not terms:
+    for layer_name, layer in layers.items():
+        chosen = layer.active_adapters if names is None else names
+        new = [name for name in chosen if name in layer.krona_A and name not in layer.merged_adapters]
+        if not new:
             continue
+        terms = layer.merge_terms(new)
         try:
             layer.check_mergeable(terms)
         except MergeError as error:
-            raise MergeError(f"{name}: {error}. Nothing was merged.") from error
+            raise MergeError(f"{layer_name}: {error}. Nothing was merged.") from error
         planned.append((layer, terms))
     for layer, terms in planned:
         layer.set_merged(terms)
 
 
-def unmerge_krona(model: Any, adapter_names: list[str] | None = None) -> None:
-    """Take merged adapters, by default all, out of the weights again; with none left they are what they were, bitwise.
+def unmerge_krona(model: Any, adapter_names: str | list[str] | None = None) -> None:
+    """Take merged adapters, by default all, out of the weights; with none left these are as before, bitwise.
 
     Raises:
-        MergeError: the weights were cast to another dtype while merged.
+        MergeError: the weights were cast to another dtype while merged. Nothing has changed then.
+        AdapterNameError: no adapter has one of the names.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    layers = _layers(adaptable_components(model))
-    for name, layer in layers.items():
-        try:
-            layer.check_unmergeable()
-        except MergeError as error:
-            raise MergeError(f"{name}: {error}. Nothing was unmerged.") from error
+    components = adaptable_components(model)
+    names = _known(components, adapter_names)
+    layers = _layers(components)
+    _check_unmergeable(layers)
     for layer in layers.values():
         layer.unmerge(names)
 
@@ -212,65 +219,74 @@ def unmerge_krona(model: Any, adapter_names: list[str] | None = None) -> None:
 def unload_krona(model: Any, adapter_name: str | None = None) -> None:
     """Remove an adapter, or every KronA adapter, and leave the pipeline as if it had never been there.
 
-    Merged adapters are unmerged first, bit for bit. To keep the merged weights and drop the factors, use Diffusers'
-    `pipe.unload_lora_weights()` or PEFT's `merge_and_unload()` instead.
+    Merged adapters are unmerged first, bit for bit. To keep the merged weights and drop the factors, use
+    Diffusers' `pipe.unload_lora_weights()` or PEFT's `merge_and_unload()` instead.
 
     Raises:
         AdapterNameError: no adapter has that name.
+        MergeError: the weights were cast to another dtype while merged. Nothing has changed then.
     """
     components = adaptable_components(model)
     if adapter_name is not None:
         named_adapter(components, adapter_name)
+    _check_unmergeable(_layers(components))
     for component in components.values():
         for name in adapter_names(component):
             if adapter_name in (None, name):
-                remove_from(component, name)
+                remove_adapter(component, name)
+        remove_leftovers(component)
     if not any(adapter_names(component) for component in components.values()):
-        restore(_modules(model))
+        restore(all_modules(model))
 
 
 def _inject(
     model: Any,
-    components: dict[str, nn.Module],
-    adapter_name: str,
-    configs: dict[str, KronAConfig],
-    tensors: dict[str, dict[str, Tensor]] | None = None,
+    adapter: InjectedAdapter,
+    configs: Mapping[str, KronAConfig],
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *,
+    freeze: bool,
 ) -> None:
-    active = {layer: layer.active_adapters for layer in _layers(components).values()}
-    noted = remember(_modules(model))
+    modules = all_modules(model)
+    noted = remember(modules)
     try:
-        for part, component in components.items():
-            inject_adapter_in_model(copy.deepcopy(configs[part]), component, adapter_name)
-            mark_adapted(component)
-            if tensors is not None:
-                set_peft_model_state_dict(component, tensors[part], adapter_name)
+        with undone_on_error(modules, adapter.name), warnings.catch_warnings():
+            if len(adapter.components) > 1:
+                # A pattern may be meant for another component.
+                warnings.filterwarnings("ignore", r".*(factor|alpha)_pattern", RuntimeWarning)
+            for part, component in adapter.components.items():
+                inject_adapter_in_model(copy.deepcopy(configs[part]), component, adapter.name)
+                mark_adapted(component)
+                if tensors is not None:
+                    _fill(component, adapter.name, tensors[part])
     except BaseException:
-        for component in components.values():
-            remove_from(component, adapter_name)
-        for layer, names in active.items():
-            layer.set_adapter(names)
-        restore(noted)
+        forget(noted)
         raise
-    for module in noted:
-        for name, parameter in module.named_parameters():
-            if f".{adapter_name}" not in name:
-                parameter.requires_grad_(False)
+    if freeze:
+        own = set(adapter.parameters())
+        for parameter in (p for module in noted for p in module.parameters() if p not in own):
+            parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill(component: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in adapter_tensors(component, adapter_name).items():
+        tensor.copy_(tensors[key])
 
 
 def _saved(component: nn.Module, adapter_name: str) -> SavedAdapter:
-    config = copy.deepcopy(component.peft_config[adapter_name])
+    configs: Any = component.peft_config
+    config = copy.deepcopy(configs[adapter_name])
     config.inference_mode = True
-    tensors = get_peft_model_state_dict(component, adapter_name=adapter_name, save_embedding_layers=False)
-    # A layer under another adapter's is saved under its own name, so that it loads where that adapter is not.
-    return SavedAdapter(config, {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()})
+    tensors = adapter_tensors(component, adapter_name)
+    return SavedAdapter(config, {key: tensor.detach() for key, tensor in tensors.items()})
 
 
-def _by_component(
-    saved: dict[str, SavedAdapter], found: dict[str, nn.Module], source: Path
-) -> dict[str, SavedAdapter]:
+def _by_component(saved: dict[str, SavedAdapter], found: dict[str, nn.Module], source: Path) -> dict[str, SavedAdapter]:
     if set(saved) <= set(found):
-        return saved
+        return {part: saved[part] for part in found if part in saved}
     denoisers = [part for part in saved if is_denoiser(part)]
+    # A single module's adapter fits a pipeline's denoiser, and the denoiser's a single module.
     target = next(iter(found))
     if len(denoisers) == 1 and (list(saved) == denoisers or target == ""):
         return {target: saved[denoisers[0]]}
@@ -280,13 +296,7 @@ def _by_component(
     )
 
 
-def _modules(model: Any) -> list[nn.Module]:
-    adapted = adaptable_components(model)
-    others = model.components if is_pipeline(model) else {}
-    return [*adapted.values(), *(m for part, m in others.items() if isinstance(m, nn.Module) and part not in adapted)]
-
-
-def _layers(components: dict[str, nn.Module]) -> dict[str, KronALayer]:
+def _layers(components: Mapping[str, nn.Module]) -> dict[str, KronALayer]:
     return {
         f"{part}.{name}" if part else name: layer
         for part, component in components.items()
@@ -294,6 +304,16 @@ def _layers(components: dict[str, nn.Module]) -> dict[str, KronALayer]:
     }
 
 
-def _any_adapter(components: dict[str, nn.Module]) -> None:
-    if not any(adapter_names(component) for component in components.values()):
-        raise KronAError("There is no KronA adapter to merge; add one with inject_krona or load_krona.")
+def _known(components: dict[str, nn.Module], names: str | list[str] | None) -> list[str] | None:
+    """The names as a list, each checked; None for None."""
+    if names is None:
+        return None
+    return [named_adapter(components, name) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _check_unmergeable(layers: Mapping[str, KronALayer]) -> None:
+    for name, layer in layers.items():
+        try:
+            layer.check_unmergeable()
+        except MergeError as error:
+            raise MergeError(f"{name}: {error}. Nothing was unmerged.") from error

@@ -9,8 +9,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from .components import adaptable_components, adapter_names, named_adapter
 from .factors import (
@@ -36,7 +41,8 @@ class LayerReport:
     Attributes:
         name: dotted name, with the component's in front.
         shapes: of A and B.
-        rank: the rank the update has, rank(A)·rank(B); None where the factors hold no values (meta device).
+        rank: the rank the update has, rank(A)·rank(B); None where the factors hold no values
+            (meta device) or not only finite ones.
     """
 
     name: str
@@ -100,27 +106,31 @@ class KronAReport:
 
     def table(self, every_layer: bool = False) -> Table:
         """The report as a rich table, one row per kind of layer or per layer."""
-        table = Table(title=f"KronA adapter {self.adapter_name!r}", footer_style="bold")
+        table = Table(
+            title=escape(f"KronA adapter {self.adapter_name!r}"),
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         rows = [(layer.name, [layer]) for layer in self.layers] if every_layer else list(self._kinds())
         for header, total in (
-            ("layers" if not every_layer else "layer", str(len(self.layers))),
+            ("layer" if every_layer else "layers", str(len(self.layers))),
             ("d × h", ""),
             ("A", ""),
             ("B", ""),
             ("parameters", f"{self.parameters:,}"),
             ("LoRA r=4", f"{self.lora_parameters:,}"),
             ("rank", ""),
-            ("highest", ""),
-            ("multiply-adds", ""),
-            ("LoRA r=4", ""),
+            ("MACs", ""),
         ):
-            table.add_column(header, footer=total, justify="right")
+            table.add_column(header, footer=total, justify="right", no_wrap=True)
         for name, layers in rows:
-            table.add_row(name, *_cells(layers))
+            table.add_row(escape(name), *_cells(layers))
         table.show_footer = True
+        table.caption_justify = "left"
         table.caption = (
-            f"{self.parameters:,} trainable parameters, {self.share:.3%} of the base's {self.base_parameters:,}; "
-            f"LoRA r=4 has {self.lora_parameters:,}. Multiply-adds are per token and layer."
+            f"{self.parameters:,} trainable parameters, {self.share:.3%} of the base's {self.base_parameters:,}.\n"
+            "rank: has / can reach. MACs: multiply-adds per token of one layer's update."
         )
         return table
 
@@ -128,7 +138,7 @@ class KronAReport:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
+        console = Console(file=io.StringIO(), width=80)
         console.print(self.table())
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
@@ -158,18 +168,24 @@ def krona_report(model: Any, adapter_name: str | None = None) -> KronAReport:
         for layer_name, layer in krona_layers(module).items()
         if name in layer.krona_A
     ]
-    base = sum(
-        parameter.numel()
-        for module in adapted.values()
-        for key, parameter in module.named_parameters()
-        if ".krona_" not in key
-    )
-    return KronAReport(name, layers, base)
+    return KronAReport(name, layers, sum(map(_base_parameters, adapted.values())))
+
+
+def _base_parameters(component: nn.Module) -> int:
+    added: set[nn.Parameter] = set()
+    for module in component.modules():
+        if isinstance(module, BaseTunerLayer):
+            parts = [getattr(module, attribute, None) for attribute in module.adapter_layer_names]
+        else:
+            parts = [module.modules_to_save] if isinstance(module, ModulesToSaveWrapper) else []
+        for part in parts:
+            added.update(part.parameters() if isinstance(part, nn.Module) else ())
+    return sum(parameter.numel() for parameter in component.parameters() if parameter not in added)
 
 
 def _rank(layer: KronALayer, name: str) -> int | None:
     factors = (layer.krona_A[name].detach(), layer.krona_B[name].detach())
-    if any(factor.is_meta for factor in factors):
+    if any(factor.is_meta or not bool(factor.isfinite().all()) for factor in factors):
         return None
     # The product of the ranks is the update's rank: Theorem E.2.
     ranks = [int(torch.linalg.matrix_rank(factor.float())) for factor in factors]
@@ -179,14 +195,13 @@ def _rank(layer: KronALayer, name: str) -> int | None:
 def _cells(layers: list[LayerReport]) -> list[str]:
     shapes = layers[0].shapes
     ranks = sorted({layer.rank for layer in layers if layer.rank is not None})
+    has = "–".join(map(str, ranks[:1] + ranks[1:][-1:])) or "?"
     return [
         f"{shapes.d} × {shapes.h}",
         f"{shapes.a1} × {shapes.a2}",
         f"{shapes.b1} × {shapes.b2}",
         f"{sum(layer.parameters for layer in layers):,}",
         f"{sum(layer.lora_parameters for layer in layers):,}",
-        "–".join(map(str, ranks[:1] + ranks[1:][-1:])),
-        str(layers[0].highest_rank),
+        f"{has} / {layers[0].highest_rank}",
         f"{layers[0].multiply_adds:,}",
-        f"{layers[0].lora_multiply_adds:,}",
     ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,16 +19,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata of a safetensors file. Nothing is unpickled.
 
     Raises:
-        AdapterFileError: the file is missing, a pickle, truncated or corrupt.
+        AdapterFileError: the file is missing, unreadable, a pickle, truncated or corrupt.
     """
     if not path.is_file():
         raise AdapterFileError(f"{path} is not a file.")
-    if path.suffix in _PICKLE_SUFFIXES or _looks_pickled(path):
-        raise AdapterFileError(f"{path} is a pickle, which can run code when it is read; save the adapter as safetensors.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except PermissionError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if path.suffix in _PICKLE_SUFFIXES or _looks_pickled(path):
+            raise AdapterFileError(
+                f"{path} is a pickle, which can run code when it is read; save the adapter as safetensors."
+            ) from error
         raise AdapterFileError(
             f"{path} is not a complete safetensors file ({error}); it may be truncated or damaged, so fetch it again."
         ) from error
@@ -41,24 +46,28 @@ def _looks_pickled(path: Path) -> bool:
     return start == b"PK\x03\x04" or start[:1] == b"\x80"
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new one.
+def write_whole(files: Mapping[Path, bytes]) -> None:
+    """Write each file under a temporary name beside its path, then rename all: readers see old or new files.
+
+    Nothing but renames happens between the first path's change and the last one's, so a disk that fills up
+    leaves all as they were. A killed process may leave a temporary file `.NAME.….tmp`; nothing reads it.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; `path` is as it was.
+        OSError: the disk is full or the folder is not writable; every path is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    staged: dict[Path, Path] = {}
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; a saved adapter follows the user's umask, as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder, so no file of that name can be written.")
+            staged[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            with staged[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)

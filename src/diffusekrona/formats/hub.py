@@ -22,15 +22,14 @@ def resolve(path: str | PathLike[str], *, revision: str | None = None, token: st
         AdapterFileError: it does not exist here, and is no hub id or could not be fetched.
     """
     name = fspath(path)
-    local = Path(name)
+    local = Path(name).expanduser()
     if local.exists():
         return local
     if not _REPOSITORY.fullmatch(name) or local.suffix == ".safetensors":
         raise AdapterFileError(f"{name} does not exist.")
+    patterns = ["*.safetensors", "*.json"]
     try:
-        folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]
-        )
+        folder = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
     except Exception as error:
         raise AdapterFileError(
             f"{name} does not exist here, and could not be fetched from the hub as a repository of that name "

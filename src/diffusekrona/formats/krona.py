@@ -1,13 +1,14 @@
 """Our own format: PEFT's folder layout, or one safetensors file that carries the config in its header.
 
-Folder    DIR/adapter_config.json and DIR/adapter_model.safetensors for a single model; DIR/unet/…, DIR/text_encoder/…
-          for a pipeline, one such pair per component. Tensors are named `base_model.model.<layer>.krona_A` and
-          `….krona_B`, as PEFT names them.
-File      NAME.safetensors with tensors named `<component>.<layer>.krona_A`, without the component for a single model.
+Folder    DIR/adapter_config.json and DIR/adapter_model.safetensors for a single model; for a pipeline one
+          such pair per component, in DIR/unet, DIR/text_encoder and so on. Tensors are named, as PEFT names
+          them, `base_model.model.<layer>.krona_A` and `….krona_B`.
+File      NAME.safetensors with tensors named `<component>.<layer>.krona_A`, or for a single model
+          `<layer>.krona_A`.
 
-Both carry, in the header's `krona` entry, `{"version": 1, "components": {component: config}}` as JSON, with ""
-for a single model, so a tensor file is never separated from its config. The header wins over `adapter_config.json`,
-which is there for PEFT to read.
+Both carry, in the header's `krona` entry, `{"version": 1, "components": {component: config}}` as JSON, with
+"" for a single model and in a folder, so a tensor file is never separated from its config. The header wins
+over `adapter_config.json`, which is there for PEFT to read.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from ..config import KronAConfig, KronAPeftType
-from ..errors import AdapterFileError, ConfigError
+from ..errors import AdapterFileError
 from .files import read_safetensors, write_whole
+
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -43,91 +46,87 @@ class SavedAdapter:
 
 
 def write(path: Path, adapters: Mapping[str, SavedAdapter]) -> None:
-    """Write adapters by component ("" for a single model) to a file if `path` ends in .safetensors, else to a folder.
+    """Write adapters by component ("" for one model): to a file if `path` ends in .safetensors, or a folder.
 
-    Every file is written whole or not at all. Components that the folder held before and that are not in `adapters`
-    are removed last.
+    Every file is written whole or not at all. Components that the folder held before and that are not in
+    `adapters` are removed last. Equal adapters give equal bytes.
 
     Raises:
         OSError: the disk is full or not writable; files already there are as they were.
     """
     if path.suffix == ".safetensors":
         tensors = {_join(part, key): t for part, saved in adapters.items() for key, t in saved.tensors.items()}
-        _write_tensors(path, tensors, {part: saved.config for part, saved in adapters.items()})
+        write_whole({path: _content(tensors, {part: saved.config for part, saved in adapters.items()})})
         return
+    weights, configs = {}, {}
     for part, saved in adapters.items():
         tensors = {_PEFT_PREFIX + key: tensor for key, tensor in saved.tensors.items()}
-        _write_tensors(path / part / WEIGHTS_NAME, tensors, {"": saved.config})
+        weights[path / part / WEIGHTS_NAME] = _content(tensors, {"": saved.config})
         text = json.dumps(saved.config.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_whole(path / part / CONFIG_NAME, partial(_write_text, text))
-    for part in _parts(path) - adapters.keys():
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            (path / part / name).unlink(missing_ok=True)
+        configs[path / part / CONFIG_NAME] = text.encode()
+    write_whole({**weights, **configs})
+    for part in _parts(path):
+        if part not in adapters:
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                (path / part / name).unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, SavedAdapter]:
-    """Adapters by component ("" for a single model) from a file or folder that `write`, PEFT or Diffusers wrote.
+    """Adapters by component ("" for a single model) from a file or folder of `write`, PEFT or Diffusers.
 
     Raises:
-        AdapterFileError: nothing to read, a pickle, a damaged file, a missing or wrong config, another method's adapter.
+        AdapterFileError: nothing to read, a pickle, a damaged file, a missing or wrong config, or an adapter
+            of another method.
     """
     if not path.is_dir():
         return _read_file(path)
     parts = _parts(path)
+    if "" in parts:
+        return _read_file(path / WEIGHTS_NAME)
     if parts:
-        return {part: _read_part(path / part) for part in sorted(parts)}
+        return {part: _read_part(path / part / WEIGHTS_NAME) for part in parts}
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return _read_file(files[0])
     found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     raise AdapterFileError(
-        f"{path} holds no {WEIGHTS_NAME}, neither itself nor in a component's folder, and not exactly one other "
-        f".safetensors file. It holds: {found}."
+        f"{path} holds no {WEIGHTS_NAME}, neither itself nor in a component's folder, and not exactly one "
+        f"other .safetensors file. It holds: {found}."
     )
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, KronAConfig]) -> None:
+def _content(tensors: Mapping[str, Tensor], configs: Mapping[str, KronAConfig]) -> bytes:
     header = {"version": 1, "components": {part: config.to_dict() for part, config in configs.items()}}
-    metadata = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True)}
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+    # Just one entry: safetensors writes several in random order.
+    return safetensors.save(contiguous, {_HEADER: json.dumps(header, sort_keys=True)})
 
 
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+def _parts(folder: Path) -> list[str]:
+    names = ("", *DENOISERS, *TEXT_ENCODERS)
+    return [part for part in names if (folder / part / WEIGHTS_NAME).is_file()]
 
 
-def _parts(folder: Path) -> set[str]:
-    if (folder / WEIGHTS_NAME).is_file():
-        return {""}
-    return {child.parent.name for child in folder.glob(f"*/{WEIGHTS_NAME}")}
-
-
-def _read_part(folder: Path) -> SavedAdapter:
-    path = folder / WEIGHTS_NAME
-    tensors, metadata = read_safetensors(path)
-    configs = _header_configs(path, metadata) or {"": _config(folder / CONFIG_NAME, _read_json(folder / CONFIG_NAME))}
-    if set(configs) != {""}:
-        raise AdapterFileError(f"{path} holds the components {sorted(configs)}; a component's folder holds one.")
-    return SavedAdapter(configs[""], {key.removeprefix(_PEFT_PREFIX): t for key, t in tensors.items()}, path)
+def _read_part(path: Path) -> SavedAdapter:
+    adapters = _read_file(path)
+    if set(adapters) != {""}:
+        raise AdapterFileError(
+            f"{path} holds the components {sorted(adapters)}; a component's folder holds one, without a name."
+        )
+    return adapters[""]
 
 
 def _read_file(path: Path) -> dict[str, SavedAdapter]:
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist.")
     tensors, metadata = read_safetensors(path)
-    configs = _header_configs(path, metadata)
-    if not configs:
-        raise AdapterFileError(
-            f"{path} carries no KronA config in its header, so it was not saved by save_krona; "
-            f"a folder with {CONFIG_NAME} beside the tensors would do, too."
-        )
+    configs = _header_configs(path, metadata) or _config_beside(path)
     adapters = {part: SavedAdapter(config, {}, path) for part, config in configs.items()}
     for key, tensor in tensors.items():
         part = "" if "" in adapters else key.partition(".")[0]
         if part not in adapters:
             raise AdapterFileError(f"{path} holds {key!r}, but its config names only {sorted(adapters)}.")
-        adapters[part].tensors[key.removeprefix(_join(part, "")).removeprefix(_PEFT_PREFIX)] = tensor
+        adapters[part].tensors[_layer_key(key.removeprefix(_join(part, "")))] = tensor
     return adapters
 
 
@@ -135,26 +134,36 @@ def _header_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, KronAC
     if _HEADER in metadata:
         header = _parse_json(path, metadata[_HEADER])
         components = header.get("components")
-        if header.get("version") != 1 or not isinstance(components, dict) or not components:
-            raise AdapterFileError(f"{path} has a `krona` header of version {header.get('version')!r}; this reads version 1.")
+        if header.get("version") != 1:
+            raise AdapterFileError(
+                f"{path} has a `krona` header of version {header.get('version')!r}; this reads version 1."
+            )
+        if not isinstance(components, dict) or not components:
+            raise AdapterFileError(f"{path} has a `krona` header that names no components.")
         return {part: _config(path, values) for part, values in components.items()}
     if _DIFFUSERS_HEADER in metadata:
         return {"": _config(path, _parse_json(path, metadata[_DIFFUSERS_HEADER]))}
     return {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _config_beside(path: Path) -> dict[str, KronAConfig]:
+    beside = path.with_name(CONFIG_NAME)
+    if not beside.is_file():
+        raise AdapterFileError(
+            f"{path} carries no KronA config, neither in its header nor in an {CONFIG_NAME} beside it, so "
+            "neither save_krona nor PEFT saved it as a KronA adapter."
+        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = beside.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise AdapterFileError(f"{path} cannot be read ({error}), and the tensors beside it carry no config.") from error
-    return _parse_json(path, text)
+        raise AdapterFileError(f"{beside} cannot be read: {error}.") from error
+    return {"": _config(beside, _parse_json(beside, text))}
 
 
 def _parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} holds a damaged config: {error}.") from error
     if not isinstance(value, dict):
         raise AdapterFileError(f"{path} holds a config that is not a JSON object.")
@@ -164,13 +173,21 @@ def _parse_json(path: Path, text: str) -> dict[str, Any]:
 def _config(path: Path, values: Any) -> KronAConfig:
     method = values.get("peft_type") if isinstance(values, dict) else None
     if method != KronAPeftType.KRONA:
-        raise AdapterFileError(f"{path} holds an adapter of the method {method!r}, not a KronA adapter.")
+        raise AdapterFileError(
+            f"{path} holds {f'an adapter of the method {method}' if method else 'a config'}, "
+            "which is not a KronA adapter's."
+        )
     try:
         config = KronAConfig.from_peft_type(**values)
-    except (ConfigError, TypeError, KeyError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise AdapterFileError(f"{path} holds a config that does not work: {error}") from error
     assert isinstance(config, KronAConfig)
     return config
+
+
+def _layer_key(key: str) -> str:
+    """A tensor's name without PEFT's prefix, and as if no other adapter had been around its layer."""
+    return key.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def _join(part: str, key: str) -> str:
