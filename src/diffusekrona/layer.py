@@ -161,7 +161,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         Raises:
             MergeError: the result would not be finite, or the base weight is quantized. Nothing has changed then.
         """
-        terms = self.merge_terms(adapter_names)
+        terms = self.merge_terms(check_adapters_to_merge(self, adapter_names))
         self.check_mergeable(terms)
         self.set_merged(terms)
 
@@ -177,9 +177,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters if adapter_names is None else adapter_names
         self.set_merged({name: term for name, term in self._merged_terms.items() if name not in names})
 
-    def merge_terms(self, adapter_names: list[str] | None = None) -> dict[str, Term]:
-        """What would be merged after `merge(adapter_names=...)`: the terms merged now, then the new ones."""
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.krona_A]
+    def merge_terms(self, adapter_names: list[str]) -> dict[str, Term]:
+        """What would be merged if these adapters were merged now: the terms merged already, then the new ones."""
+        names = [n for n in adapter_names if n in self.krona_A and n not in self.merged_adapters]
         dtype = arithmetic_dtype(self.weight.dtype)
         with torch.no_grad():
             # .to() would return the parameter itself where the dtype fits, and the terms must outlive its changes.
@@ -195,6 +195,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def check_mergeable(self, terms: dict[str, Term]) -> None:
         """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
+        if terms.keys() == self._merged_terms.keys():
+            return
         weight = self.weight
         if weight.dtype not in MERGEABLE_DTYPES or weight.shape != (self.out_features, self.in_features):
             raise MergeError(

@@ -187,11 +187,7 @@ def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> Non
         raise AdapterNameError("There is no KronA adapter to merge; add one with inject_krona or load_krona.")
     planned = []
     for layer_name, layer in layers.items():
-        chosen = layer.active_adapters if names is None else names
-        new = [name for name in chosen if name in layer.krona_A and name not in layer.merged_adapters]
-        if not new:
-            continue
-        terms = layer.merge_terms(new)
+        terms = layer.merge_terms(layer.active_adapters if names is None else names)
         try:
             layer.check_mergeable(terms)
         except MergeError as error:
@@ -251,6 +247,8 @@ def _inject(
     noted = remember(modules)
     try:
         with undone_on_error(modules, adapter.name), warnings.catch_warnings():
+            # PEFT warns of every adapter after the first.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             if len(adapter.components) > 1:
                 # A pattern may be meant for another component.
                 warnings.filterwarnings("ignore", r".*(factor|alpha)_pattern", RuntimeWarning)

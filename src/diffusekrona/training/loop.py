@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from torch import nn
 
-from .conditioning import TextConditioning, check_pipeline
+from .batches import Batches
+from .conditioning import check_pipeline
 from .config import TrainingConfig
 from .data import TrainingImage
 from .errors import TrainingConfigError, TrainingDivergedError
-from .latents import LatentPosteriors
-from .objective import DenoisingObjective
 from .runtime import accelerator_for, modes_kept, seeded
 
 
@@ -111,7 +110,7 @@ def fit(
     ):
         pipe.to(accelerator.device)
         _set_modes(pipe, modules, config.text_encoders)
-        source = _Batches(pipe, images, config, generator)
+        source = Batches(pipe, images, config, generator)
         losses, seconds = _run(source, trained, accelerator, config, on_step)
     _check_finite(trained, config)
     return TrainingResult(tuple(losses), seconds, len(images), sum(p.numel() for p in trained))
@@ -128,46 +127,8 @@ def _set_modes(pipe: Any, modules: Iterable[nn.Module], text_encoders: bool) -> 
                 encoder.train()
 
 
-class _Batches:
-    """Draws random batches and computes their loss."""
-
-    def __init__(
-        self, pipe: Any, images: Sequence[TrainingImage], config: TrainingConfig, generator: torch.Generator
-    ) -> None:
-        self._unet = pipe.unet
-        self._device: torch.device = pipe.unet.device
-        # Not the UNet's own `dtype`, which may be that of a factor.
-        self._dtype: torch.dtype = pipe.unet.conv_in.weight.dtype
-        self._generator = generator
-        self._order = _endless_shuffle(len(images), generator)
-        self._batch_size = config.batch_size
-        self._objective = DenoisingObjective(pipe.scheduler, config.snr_gamma, self._device)
-        self._posteriors = LatentPosteriors(pipe.vae, [image.image for image in images], flip=config.horizontal_flip)
-        self._conditioning = TextConditioning(pipe, images, trainable=config.text_encoders, dtype=self._dtype)
-
-    def loss(self, accelerator: Accelerator) -> Tensor:
-        """Loss of one freshly drawn batch, a float32 scalar with gradients."""
-        indices = [next(self._order) for _ in range(self._batch_size)]
-        latents = self._posteriors.sample(indices, self._generator)
-        noise = torch.randn(latents.shape, generator=self._generator).to(self._device)
-        timesteps = torch.randint(self._objective.timesteps, (self._batch_size,), generator=self._generator).to(
-            self._device
-        )
-        noisy = self._objective.add_noise(latents, noise, timesteps).to(self._dtype)
-        with accelerator.autocast():
-            conditions = self._conditioning(indices)
-            prediction = self._unet(noisy, timesteps, return_dict=False, **conditions)[0]
-        return self._objective.loss(prediction, latents, noise, timesteps)
-
-
-def _endless_shuffle(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Every index once in random order, then again, so that all images are used equally often."""
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
-
-
 def _run(
-    source: _Batches,
+    source: Batches,
     parameters: list[nn.Parameter],
     accelerator: Accelerator,
     config: TrainingConfig,
@@ -206,7 +167,7 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
 
 
-def _gradients(source: _Batches, accelerator: Accelerator, batches: int) -> float:
+def _gradients(source: Batches, accelerator: Accelerator, batches: int) -> float:
     """Add up the gradients of the mean loss over some batches, and return that loss."""
     total = 0.0
     for _ in range(batches):

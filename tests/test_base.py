@@ -1,0 +1,58 @@
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffusekrona.base import BaseModelError, load_base
+from diffusekrona.errors import KronAError
+from tests.pipelines import tiny_sd_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_sd_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_a_folder_is_loaded_in_the_type_asked_for(folder):
+    pipe = load_base(folder, torch.bfloat16)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert pipe.unet.dtype == torch.bfloat16
+    assert load_base(str(folder)).unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "./nothing", "no such model"])
+def test_a_base_that_is_nowhere_says_where_it_was_looked_for(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseModelError, match="There is no base model") as error:
+        load_base(name)
+    assert isinstance(error.value, KronAError)
+    assert name in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
+    assert "hub" in str(error.value).lower()
+
+
+def test_a_folder_that_is_no_pipeline_says_what_is_missing(tmp_path):
+    with pytest.raises(BaseModelError, match=r"has no model_index\.json"):
+        load_base(tmp_path)
+
+
+def test_a_single_file_checkpoint_says_how_to_convert_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BaseModelError, match="from_single_file"):
+        load_base(tmp_path / "model.safetensors")
+
+
+def test_a_damaged_folder_is_named(folder, tmp_path):
+    for path in folder.rglob("*"):
+        if path.is_file() and "unet" not in path.parts:
+            target = tmp_path / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    with pytest.raises(BaseModelError, match=str(tmp_path)):
+        load_base(tmp_path)

@@ -1,0 +1,199 @@
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusekrona import KronALayer, load_krona
+from diffusekrona.cli import app
+from tests.pipelines import tiny_sd_pipeline
+
+TRAIN = ["--prompt", "a sks toy", "--steps", "3", "--learning-rate", "0.05"]
+GENERATE = ["--prompt", "a sks toy", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_sd_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images")
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (40, 40), name).save(path / f"{name}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(base, images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter") / "toy.safetensors"
+    run("train", "--base", base, "--images", images, "--output", path, *TRAIN)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fail(*arguments):
+    """Run a command that has to end with one line on standard error and no traceback."""
+    result = run(*arguments, code=1)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def pictures(folder):
+    return {path.name: np.array(Image.open(path), dtype=int) for path in sorted(folder.iterdir())}
+
+
+def test_training_saves_an_adapter_that_loads(base, images, tmp_path):
+    output = tmp_path / "new" / "toy"
+    factors = ["--a1", 2, "--a2", 8, "--factors", "to_k|to_v=4,32", "--factors", r".*mid_block.*to_q = 8, 16"]
+    result = run("train", "--base", base, "--images", images, "--output", output, *TRAIN, *factors)
+    pipe = tiny_sd_pipeline()
+    load_krona(pipe, output)
+    shapes = {
+        name: tuple(module.krona_A["default"].shape)
+        for name, module in pipe.unet.named_modules()
+        if isinstance(module, KronALayer)
+    }
+    block = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    found = [shapes[f"{block}.{name}"] for name in ("to_k", "to_v", "to_q", "to_out.0")]
+    assert found == [(4, 32), (4, 32), (8, 16), (2, 8)]
+    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"] == (2, 8)
+    trained = sum(p.numel() for name, p in pipe.unet.named_parameters() if "krona_" in name)
+    assert f"Adapted {len(shapes)} layers with {trained:,} trainable parameters" in result.stdout
+    assert re.search(r"3 steps on 3 images in [\d.]+ s, final loss \d\.\d{4}", result.stdout)
+    assert re.search(rf"Saved {re.escape(str(output))}, [\d.]+ [kM]B", result.stdout)
+
+
+def test_the_progress_bar_shows_the_loss_and_stays_off_standard_output(base, images, tmp_path):
+    result = run("train", "--base", base, "--images", images, "--output", tmp_path / "toy", *TRAIN)
+    assert re.search(r"Training .*3/3 loss \d\.\d{4}.*left", result.stderr)
+    assert "Training" not in result.stdout
+
+
+def test_every_option_of_training_is_accepted_together(base, images, tmp_path):
+    options = {
+        "--alpha": 0.5, "--dropout": 0.1, "--batch-size": 2, "--gradient-accumulation-steps": 2,
+        "--resolution": 16, "--seed": 3, "--lr-schedule": "cosine", "--lr-warmup-steps": 1,
+        "--weight-decay": 0, "--max-grad-norm": 0.5, "--snr-gamma": 5, "--mixed-precision": "bf16",
+        "--dtype": "bfloat16",
+    }  # fmt: skip
+    flat = [part for pair in options.items() for part in pair]
+    command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy", *TRAIN]
+    run(*command, *flat, "--horizontal-flip", "--text-encoders")
+    pipe = tiny_sd_pipeline()
+    load_krona(pipe, tmp_path / "toy")
+    assert any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
+    assert pipe.unet.peft_config["default"].alpha == 0.5
+
+
+def test_generating_with_a_merged_adapter_is_generating_with_it(base, adapter, tmp_path):
+    runs = {
+        "plain": [],
+        "beside": ["--adapter", adapter, "--no-merge"],
+        "merged": ["--adapter", adapter, "--merge"],
+        "off": ["--adapter", adapter, "--weight", 0],
+        "doubled": ["--adapter", adapter, "--weight", 2],
+    }
+    found = {}
+    for name, options in runs.items():
+        run("generate", "--base", base, "--output", tmp_path / name, *GENERATE, *options)
+        (found[name],) = pictures(tmp_path / name).values()
+    assert np.abs(found["beside"] - found["merged"]).max() <= 1
+    assert np.abs(found["plain"] - found["off"]).max() <= 1
+    assert np.abs(found["plain"] - found["merged"]).max() > 1
+    assert np.abs(found["doubled"] - found["merged"]).max() > 1
+
+
+def test_each_prompt_and_seed_has_its_image(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("A dog, on sand!\n\n  a cup \n")
+    output = tmp_path / "images"
+    result = run(
+        "generate", "--base", base, "--output", output, *GENERATE, "--prompts-file", tmp_path / "prompts.txt",
+        "--images-per-prompt", 2, "--seed", 7, "--batch-size", 4, "--height", 16, "--width", 24,
+        "--guidance-scale", 3,
+    )  # fmt: skip
+    found = pictures(output)
+    assert list(found) == [
+        "000-a-sks-toy-seed7.png",
+        "001-a-sks-toy-seed8.png",
+        "002-a-dog-on-sand-seed7.png",
+        "003-a-dog-on-sand-seed8.png",
+        "004-a-cup-seed7.png",
+        "005-a-cup-seed8.png",
+    ]
+    assert {picture.shape for picture in found.values()} == {(16, 24, 3)}
+    assert len({picture.tobytes() for picture in found.values()}) == 6
+    assert [line.rpartition("/")[2] for line in result.stdout.splitlines()] == list(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--base": "nobody/nothing"}, "There is no base model 'nobody/nothing'"),
+        ({"--images": "nowhere"}, "There is no image folder nowhere"),
+        ({"--prompt": " "}, "The prompt is empty"),
+        ({"--steps": 0}, "steps must be a whole number of at least 1"),
+        ({"--resolution": 30}, "resolution 30 is not divisible by 4"),
+        ({"--factors": "to_k=4"}, "--factors takes REGEX=A1,A2"),
+        ({"--factors": "(=2,8"}, "not a regular expression"),
+        ({"--output": "taken.txt"}, "--output taken.txt is a file"),
+        ({"--output": "folder.safetensors"}, "--output folder.safetensors is a folder"),
+    ],
+)
+def test_a_mistake_in_training_is_one_helpful_line(base, images, tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.txt").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    options = {"--base": base, "--images": images, "--output": "toy", "--prompt": "a sks toy", "--steps": 1}
+    assert said in fail("train", *[part for pair in (options | change).items() for part in pair])
+
+
+def test_factors_that_fit_no_layer_are_named_and_nothing_is_saved(base, images, tmp_path):
+    command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy.safetensors", *TRAIN]
+    result = run(*command, "--a1", 3, code=1)
+    assert "divisor" in result.stderr or "divisible" in result.stderr
+    assert not (tmp_path / "toy.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", "a toy", "--adapter", "nowhere.safetensors"], "nowhere.safetensors"),
+        ([], "There is no prompt"),
+        (["--prompts-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "a toy", "--steps", 0], "steps must be at least 1"),
+    ],
+)
+def test_a_mistake_in_generating_is_one_helpful_line(base, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in fail("generate", "--base", base, "--output", "out", "--device", "cpu", *arguments)
+
+
+def test_ctrl_c_ends_with_one_line_and_the_usual_code(base, images, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusekrona.cli.save_krona", interrupted)
+    command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy.safetensors", *TRAIN]
+    assert run(*command, code=130).stderr.endswith("Stopped before the end.\n")
+
+
+def test_help_names_the_commands():
+    assert {"train", "generate"} <= set(run("--help").stdout.split())

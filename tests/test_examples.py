@@ -1,0 +1,45 @@
+"""The scripts in examples/ run as a user would run them, against the repository's own base model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "models" / "emoji-sdxl"
+
+pytestmark = pytest.mark.skipif(not BASE.is_dir(), reason="the base model is not in this copy of the repository")
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / script), "--base", str(BASE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_script_trains_and_saves_with_three_lines_and_another_generates_with_two(tmp_path: Path) -> None:
+    adapter, picture = tmp_path / "my-toy", tmp_path / "picture.png"
+    printed = run("train.py", "--images", str(ROOT / "examples" / "toy-bear"), "--output", str(adapter), "--steps", "2")
+    assert "step 2: loss" in printed
+    with safe_open(adapter / "unet" / "adapter_model.safetensors", framework="pt") as file:
+        keys = list(file.keys())
+        moved = [key for key in keys if key.endswith("krona_B") and file.get_tensor(key).any()]
+    assert moved, "two steps of training leave no B at zero"
+    run(
+        "generate.py",
+        "a sks toy on a red background",
+        "--adapter",
+        str(adapter),
+        "--output",
+        str(picture),
+        "--steps",
+        "2",
+    )
+    with Image.open(picture) as image:
+        assert image.size == (64, 64)

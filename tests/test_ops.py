@@ -1,0 +1,247 @@
+"""(A ⊗ B)x against `x @ torch.kron(A, B).T` in float64: values, every gradient, layouts, dtypes, memory."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusekrona import kron_linear
+from diffusekrona.factors import FactorShapes, krona_multiply_adds
+from diffusekrona.ops import kron_linear_a_first, kron_linear_b_first, kron_rows
+
+PRODUCTS = [kron_linear, kron_linear_a_first, kron_linear_b_first]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+every_product = pytest.mark.parametrize("product", PRODUCTS)
+many = settings(deadline=None, max_examples=80)
+
+sides = st.sampled_from([1, 2, 3, 4, 5, 7, 11])
+shapes_of_factors = st.builds(FactorShapes, sides, sides, sides, sides)
+leading = st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 3), (0,), (2, 0), (0, 3)])
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values with the last two dimensions, or the only one, laid out backwards in memory."""
+    return t.mT.contiguous().mT if t.dim() > 1 else strided(t)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, every other element of a buffer, not from its start."""
+    return torch.stack([torch.full_like(t, 99.0), t], dim=-1)[..., 1]
+
+
+def batch_last(t: Tensor) -> Tensor:
+    """The same values with the first dimension innermost in memory."""
+    return t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() else t
+
+
+def expanded(t: Tensor) -> Tensor:
+    """The first entry along the first dimension for all of it, with stride 0."""
+    return t[:1].expand_as(t) if t.dim() and t.shape[0] else t
+
+
+layouts = st.sampled_from([contiguous, transposed, strided, batch_last, expanded])
+
+
+def reference(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    # torch.kron itself refuses some layouts.
+    return x @ torch.kron(A.contiguous(), B.contiguous()).T
+
+
+def outputs_and_gradients(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], output_gradient: Tensor
+) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    y = product(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, output_gradient.to(y.dtype))]
+
+
+def random_inputs(
+    shapes: FactorShapes, lead: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((*lead, shapes.h), (shapes.a1, shapes.a2), (shapes.b1, shapes.b2), (*lead, shapes.d))
+    *inputs, output_gradient = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+    return inputs, output_gradient
+
+
+@every_product
+@many
+@given(
+    shapes=shapes_of_factors,
+    lead=leading,
+    layout=st.tuples(layouts, layouts, layouts),
+    seed=st.integers(0, 2**31),
+)
+def test_value_and_every_gradient_equal_the_dense_product_in_any_layout(product, shapes, lead, layout, seed):
+    inputs, output_gradient = random_inputs(shapes, lead, seed)
+
+    def laid_out(function):
+        return lambda *leaves: function(*(lay(leaf) for lay, leaf in zip(layout, leaves, strict=True)))
+
+    found = outputs_and_gradients(laid_out(product), inputs, output_gradient)
+    expected = outputs_and_gradients(laid_out(reference), inputs, output_gradient)
+    assert found[0].shape == (*lead, shapes.d)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@every_product
+@many
+@given(shapes=shapes_of_factors, lead=leading, seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_stays_within_the_bound_of_the_dtype(product, dtype, shapes, lead, seed):
+    inputs, output_gradient = random_inputs(shapes, lead, seed, dtype)
+    found = outputs_and_gradients(product, inputs, output_gradient)
+    exact = outputs_and_gradients(reference, [t.double() for t in inputs], output_gradient.double())
+    # All four are sums of products, so with absolute values they bound what rounding each term can do.
+    largest = outputs_and_gradients(reference, [t.double().abs() for t in inputs], output_gradient.double().abs())
+    tokens = max(1, output_gradient.numel() // shapes.d)
+    # A sum of n terms has a relative error of at most n roundings; each term here passes through two sums.
+    steps = sum(shapes) + tokens * max(shapes) + 4
+    for ours, theirs, bound in zip(found, exact, largest, strict=True):
+        assert ours.dtype == dtype
+        error = (ours.double() - theirs).abs()
+        assert bool((error <= steps * (torch.finfo(dtype).eps * bound + torch.finfo(dtype).tiny)).all())
+
+
+@every_product
+def test_gradients_pass_gradcheck_twice(product):
+    inputs, _ = random_inputs(FactorShapes(2, 3, 3, 2), (2,), seed=0)
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(product, leaves)
+    assert torch.autograd.gradgradcheck(product, leaves)
+
+
+@every_product
+@pytest.mark.parametrize("wanted", [(i & 1, i & 2, i & 4) for i in range(8)])
+def test_only_the_inputs_that_ask_for_a_gradient_get_one(product, wanted):
+    inputs, output_gradient = random_inputs(FactorShapes(2, 3, 5, 2), (4,), seed=1)
+    expected = outputs_and_gradients(reference, inputs, output_gradient)[1:]
+    leaves = [t.requires_grad_(bool(flag)) for t, flag in zip(inputs, wanted, strict=True)]
+    y = product(*leaves)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.backward(output_gradient)
+    for leaf, gradient, flag in zip(leaves, expected, wanted, strict=True):
+        assert (leaf.grad is not None) == bool(flag)
+        if flag:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+@every_product
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_leaves_dtypes(product, x_dtype, factor_dtype):
+    shapes = FactorShapes(4, 3, 2, 5)
+    (x, A, B), output_gradient = random_inputs(shapes, (6,), seed=2)
+    leaves = [t.to(d).requires_grad_() for t, d in ((x, x_dtype), (A, factor_dtype), (B, factor_dtype))]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = product(*leaves)
+    assert y.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y, leaves, output_gradient.bfloat16())
+    expected = outputs_and_gradients(reference, [x, A, B], output_gradient)
+    for ours, theirs, leaf in zip((y, *gradients), expected, (y, *leaves), strict=True):
+        assert ours.dtype == leaf.dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
+
+
+@many
+@given(shapes=shapes_of_factors)
+def test_kron_linear_does_only_the_multiply_adds_of_the_cheaper_order(shapes):
+    (x, A, B), _ = random_inputs(shapes, (3,), seed=3)
+    with FlopCounterMode(display=False) as counter:
+        kron_linear(x, A, B)
+    costs = [krona_multiply_adds(shapes, order, tokens=3) for order in ("A first", "B first")]
+    assert counter.get_total_flops() == 2 * min(costs)
+
+
+def test_the_paper_s_index_formula_holds_entry_by_entry():
+    shapes = FactorShapes(2, 3, 4, 5)
+    (x, A, B), _ = random_inputs(shapes, (), seed=4)
+    y = kron_linear(x, A, B)
+    for i in range(shapes.a1):
+        for k in range(shapes.b1):
+            terms = [A[i, j] * B[k, m] * x[j * shapes.b2 + m] for j in range(shapes.a2) for m in range(shapes.b2)]
+            torch.testing.assert_close(y[i * shapes.b1 + k], sum(terms))
+
+
+@pytest.mark.parametrize(
+    ("x_size", "A_size", "B_size", "text"),
+    [
+        (
+            (4, 7),
+            (2, 3),
+            (5, 2),
+            r"x has shape \(4, 7\), but A \(2 × 3\) and B \(5 × 2\) take 3·2 = 6 features",
+        ),
+        ((), (1, 1), (1, 1), r"x has shape \(\).* 1·1 = 1 features"),
+        ((4, 6), (6,), (5, 2), r"A and B must be matrices, got shapes \(6,\) and \(5, 2\)"),
+        ((4, 6), (2, 3), (1, 5, 2), r"A and B must be matrices, got shapes \(2, 3\) and \(1, 5, 2\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_with_both_sizes(x_size, A_size, B_size, text):
+    with pytest.raises(ValueError, match=text):
+        kron_linear(torch.zeros(x_size), torch.zeros(A_size), torch.zeros(B_size))
+
+
+@many
+@given(
+    shapes=shapes_of_factors,
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    layout=st.tuples(layouts, layouts),
+    step=st.integers(1, 130),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_of_the_product_have_torch_krons_bits_in_any_chunking(shapes, dtype, layout, step, seed):
+    (_, A, B), _ = random_inputs(shapes, (), seed, dtype)
+    A, B = layout[0](A), layout[1](B)
+    dense = torch.kron(A.contiguous(), B.contiguous())
+    chunks = [kron_rows(A, B, i, min(i + step, shapes.d)) for i in range(0, shapes.d, step)]
+    bits = INTEGERS[dense.element_size()]
+    assert torch.equal(torch.cat(chunks).view(bits), dense.contiguous().view(bits))
+
+
+@many
+@given(shapes=shapes_of_factors, data=st.data())
+def test_any_range_of_rows_is_that_range_of_the_product(shapes, data):
+    (_, A, B), _ = random_inputs(shapes, (), seed=5)
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, shapes.d), st.integers(0, shapes.d))))
+    assert torch.equal(kron_rows(A, B, start, stop), torch.kron(A, B)[start:stop])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor that any operation returns has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@every_product
+@pytest.mark.parametrize("shapes", [FactorShapes(8, 8, 8, 8), FactorShapes(4, 16, 16, 4), FactorShapes(16, 2, 4, 32)])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 2)])
+def test_neither_direction_ever_builds_the_dense_product(product, shapes, lead):
+    inputs, output_gradient = random_inputs(shapes, lead, seed=6)
+    with LargestTensor() as largest:
+        outputs_and_gradients(product, inputs, output_gradient)
+    assert 0 < largest.elements < shapes.d * shapes.h
+    with LargestTensor() as dense:
+        outputs_and_gradients(reference, inputs, output_gradient)
+    assert dense.elements >= shapes.d * shapes.h

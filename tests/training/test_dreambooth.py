@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from diffusekrona import KronAConfig, KronALayer, KronAModel, inject_krona, load_krona, save_krona
+from diffusekrona.errors import AdapterNameError, FactorShapeError
+from diffusekrona.training import (
+    DatasetError,
+    TrainingConfig,
+    TrainingConfigError,
+    TrainingDivergedError,
+    UnsupportedPipelineError,
+    train_dreambooth,
+)
+from diffusekrona.training.dreambooth import training_resolution
+from tests.pipelines import IMAGE_SIZE, tiny_sd_pipeline, tiny_sdxl_pipeline
+
+PROMPT = "a sks toy"
+QUICK = TrainingConfig(steps=2, learning_rate=1e-2, batch_size=2)
+PIPELINES = pytest.mark.parametrize("build", [tiny_sd_pipeline, tiny_sdxl_pipeline])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+def image_of(pipe):
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    return pipe(PROMPT, **options).images[0]
+
+
+def adapted_layers(pipe):
+    return [name for name, module in pipe.unet.named_modules() if isinstance(module, KronALayer)]
+
+
+def factors_of(pipe):
+    return {name: p.detach().clone() for name, p in pipe.unet.named_parameters() if KronAModel.prefix in name}
+
+
+@PIPELINES
+def test_a_trained_adapter_changes_images_and_does_so_again_after_saving_and_loading(build, folder, tmp_path):
+    pipe = build()
+    plain = image_of(pipe)
+    result = train_dreambooth(pipe, folder, PROMPT, QUICK)
+    trained = image_of(pipe)
+    save_krona(pipe, tmp_path / "toy.safetensors")
+    fresh = build()
+    load_krona(fresh, tmp_path / "toy.safetensors")
+    assert result.images == 3
+    assert not np.array_equal(plain, trained)
+    assert np.array_equal(image_of(fresh), trained)
+
+
+def test_the_adapter_is_the_one_asked_for(folder):
+    pipe = tiny_sd_pipeline()
+    config = KronAConfig(a1=2, a2=8, target_modules=["to_q"])
+    train_dreambooth(pipe, folder, PROMPT, QUICK, config, adapter_name="toy")
+    assert all(name.endswith("to_q") for name in adapted_layers(pipe))
+    assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.krona_A["toy"].shape == (2, 8)
+
+
+def test_the_text_encoders_are_adapted_when_asked_for(folder):
+    pipe = tiny_sd_pipeline()
+    train_dreambooth(pipe, folder, PROMPT, TrainingConfig(steps=1, text_encoders=True))
+    assert any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
+
+
+def test_the_whole_run_depends_on_the_seed_alone(folder):
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        pipe = tiny_sd_pipeline()
+        train_dreambooth(pipe, folder, PROMPT, QUICK)
+        runs.append(factors_of(pipe))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_images_in_memory_are_as_good_as_a_folder(folder):
+    runs = []
+    for images in (folder, [Image.open(path) for path in sorted(folder.iterdir())]):
+        pipe = tiny_sd_pipeline()
+        runs.append(train_dreambooth(pipe, images, PROMPT, QUICK).losses)
+    assert runs[0] == runs[1]
+
+
+def test_captions_reach_the_text_encoder(folder):
+    (folder / "1.txt").write_text("a sks toy on sand")
+    pipe, seen = tiny_sd_pipeline(), []
+    pipe.text_encoder.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    train_dreambooth(pipe, folder, PROMPT, QUICK)
+    assert seen == [2]
+
+
+def test_ctrl_c_keeps_the_adapter_and_leaves_a_pipeline_that_works(folder):
+    pipe = tiny_sd_pipeline()
+    plain = image_of(pipe)
+
+    def stop(step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_dreambooth(pipe, folder, PROMPT, TrainingConfig(steps=9, learning_rate=1e-2), on_step=stop)
+    assert adapted_layers(pipe)
+    assert not any(part.training for part in pipe.unet.modules() if not isinstance(part, nn.ParameterDict))
+    assert not np.array_equal(image_of(pipe), plain)
+
+
+def test_a_failed_run_takes_its_adapter_out_and_leaves_others_in(folder):
+    pipe = tiny_sd_pipeline()
+    inject_krona(pipe, KronAConfig(), adapter_name="first")
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(TrainingDivergedError):
+        train_dreambooth(pipe, folder, PROMPT, QUICK, adapter_name="second")
+    pipe.unet.conv_out.bias.data[0] = before["conv_out.bias"][0]
+    after = pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_error_in_the_callers_callback_takes_the_adapter_out(folder):
+    pipe = tiny_sd_pipeline()
+    trainable = [parameter.requires_grad for parameter in pipe.unet.parameters()]
+
+    def fail(step):
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        train_dreambooth(pipe, folder, PROMPT, QUICK, on_step=fail)
+    assert not adapted_layers(pipe)
+    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == trainable
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"images": "nowhere"}, DatasetError),
+        ({"prompt": ""}, DatasetError),
+        ({"krona_config": KronAConfig(a1=3)}, FactorShapeError),
+        ({"config": TrainingConfig(resolution=30)}, TrainingConfigError),
+        ({"adapter_name": "taken"}, AdapterNameError),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_changed(folder, change, error):
+    pipe = tiny_sd_pipeline()
+    inject_krona(pipe, KronAConfig(target_modules=["to_q"]), adapter_name="taken")
+    before = adapted_layers(pipe)
+    arguments = {"images": folder, "prompt": PROMPT, "config": QUICK, "krona_config": None} | change
+    with pytest.raises(error):
+        train_dreambooth(pipe, **arguments)
+    assert adapted_layers(pipe) == before
+
+
+def test_something_that_is_no_pipeline_is_refused(folder):
+    with pytest.raises(UnsupportedPipelineError, match="UNet2DConditionModel"):
+        train_dreambooth(tiny_sd_pipeline().unet, folder, PROMPT)
+
+
+@PIPELINES
+def test_the_resolution_is_the_pipelines_own_unless_given(build):
+    assert training_resolution(build(), None) == IMAGE_SIZE
+    assert training_resolution(build(), 64) == 64
+
+
+def test_a_resolution_that_does_not_divide_names_its_neighbours():
+    with pytest.raises(TrainingConfigError, match=r"resolution 30 is not divisible by 4, .* use 28 or 32"):
+        training_resolution(tiny_sd_pipeline(), 30)
+    with pytest.raises(TrainingConfigError, match=r"use 4\."):
+        training_resolution(tiny_sd_pipeline(), 3)
+
+
+def test_training_works_at_another_resolution(folder):
+    pipe, sizes = tiny_sd_pipeline(), set()
+    pipe.unet.register_forward_pre_hook(lambda module, args: sizes.add(tuple(args[0].shape)))
+    train_dreambooth(pipe, folder, PROMPT, TrainingConfig(steps=1, resolution=48))
+    assert sizes == {(1, 4, 12, 12)}

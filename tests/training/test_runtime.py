@@ -1,0 +1,63 @@
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+
+from diffusekrona.training import TrainingConfigError
+from diffusekrona.training.runtime import accelerator_for, seeded
+
+
+@pytest.fixture
+def hosts_accelerator():
+    """The accelerator of a program that calls us."""
+    yield Accelerator(mixed_precision="bf16")
+    AcceleratorState._reset_state()
+
+
+def test_our_state_is_dropped_after_a_run_and_after_a_failed_one():
+    with accelerator_for("bf16") as accelerator:
+        assert accelerator.mixed_precision == "bf16"
+    assert not is_initialized()
+    with pytest.raises(RuntimeError), accelerator_for("bf16"):
+        raise RuntimeError
+    assert not is_initialized()
+
+
+def test_the_hosts_state_is_used_and_kept(hosts_accelerator):
+    with accelerator_for("bf16"):
+        pass
+    assert is_initialized()
+    assert hosts_accelerator.mixed_precision == "bf16"
+
+
+def test_another_precision_than_the_hosts_is_refused(hosts_accelerator):
+    with (
+        pytest.raises(TrainingConfigError, match="mixed_precision='no' is not possible here"),
+        accelerator_for("no"),
+    ):
+        pass
+    assert is_initialized()
+
+
+def test_the_random_state_is_given_back_after_an_error():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+
+    def fail():
+        with seeded(0, torch.device("cpu")):
+            torch.rand(2)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_seed_decides_what_is_drawn():
+    def draw(seed):
+        with seeded(seed, torch.device("cpu")) as generator:
+            return torch.cat([torch.rand(2), torch.rand(2, generator=generator)])
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
