@@ -1,0 +1,84 @@
+"""`python -m recipes.base [stage ...]`: all stages in order, or those named; goes on where it was killed."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import art, classifier, export, judge, unet, vae
+from .training import load_checkpoint, note, pick_device
+
+RESULTS = art.HERE / "results.json"
+SHEET = art.HERE / "contact-sheet.png"
+
+
+def make_art() -> None:
+    """Fetch the drawings and write the pictures to personalise on."""
+    art.fetch()
+    art.toy_bear(art.ROOT / "examples" / "toy-bear")
+    note(f"art done: {len(art.concepts())} concepts, {len(art.every_image())} drawings in two styles")
+
+
+def folder_mb(folder: Path) -> float:
+    """Size of a folder's files in megabytes."""
+    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 2)
+
+
+def spent(name: str, batch: int) -> dict[str, float]:
+    """Steps, minutes and pictures a second of a training stage, from its checkpoint."""
+    state = load_checkpoint(art.CACHE / f"{name}.pt")
+    if state is None:
+        raise FileNotFoundError(f"run the {name} stage first")
+    steps, minutes = int(state["budget"]["step"]), float(state["budget"]["minutes"])
+    rate = round(steps * batch / minutes / 60, 1)
+    return {"steps": steps, "batch": batch, "minutes": round(minutes, 1), "images_per_second": rate}
+
+
+def make_judgement() -> None:
+    """Judge the exported pipeline on 300 prompts; write `results.json` and the contact sheet."""
+    pipe = export.load()
+    asked = judge.questions(300)
+    pictures = judge.generate(pipe, judge.prompts(asked))
+    asked_parts = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
+    report: dict[str, Any] = {
+        "concepts": len(art.concepts()),
+        "backgrounds": len(art.COLOURS),
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in asked_parts.items()},
+        "megabytes": {path.name: folder_mb(path) for path in (export.FOLDER, classifier.FOLDER)},
+        "device": pick_device().type,
+        "vae": spent("vae", vae.BATCH) | {"l1": round(vae.reconstruction_error(vae.load()), 4)},
+        "unet_and_text": spent("unet", unet.BATCH),
+        "classifier": spent("classifier", classifier.BATCH) | classifier.accuracy(classifier.load()),
+        "obedience": {"steps": judge.STEPS, "guidance": judge.GUIDANCE} | judge.obedience(pictures, asked),
+    }
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    judge.contact_sheet(pictures[:48], judge.prompts(asked)[:48], SHEET)
+    note(f"judge done: {report['obedience']}")
+
+
+STAGES: dict[str, Callable[[], None]] = {
+    "art": make_art,
+    "vae": vae.train,
+    "classifier": classifier.train,
+    "unet": unet.train,
+    "export": export.export,
+    "judge": make_judgement,
+}
+
+
+def main() -> None:
+    """Run the stages asked for, in their order."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.base", description=__doc__)
+    listed = ", ".join(STAGES)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of: {listed} (default: all)")
+    named = parser.parse_args().stages
+    if unknown := set(named) - set(STAGES):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}")
+    for name, stage in STAGES.items():
+        if not named or name in named:
+            stage()
+
+
+if __name__ == "__main__":
+    main()

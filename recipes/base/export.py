@@ -1,0 +1,39 @@
+"""Put the trained parts together as a `StableDiffusionXLPipeline` folder in half precision."""
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from . import unet as unet_stage
+from . import vae as vae_stage
+from .art import ROOT
+from .training import note, pick_device
+
+FOLDER = ROOT / "models" / "emoji-sdxl"
+
+
+def assemble(model: unet_stage.Model) -> StableDiffusionXLPipeline:
+    """The pipeline around the given networks, in float32."""
+    return StableDiffusionXLPipeline(
+        vae=vae_stage.load().to(model.unet.device),
+        text_encoder=model.text.first,
+        text_encoder_2=model.text.second,
+        tokenizer=model.text.tokenizer,
+        tokenizer_2=model.text.tokenizer,
+        unet=model.unet,
+        scheduler=unet_stage.build_scheduler(),
+        add_watermarker=False,
+    )
+
+
+def export() -> None:
+    """Write `models/emoji-sdxl` from the averaged weights."""
+    model, _ = unet_stage.averaged()
+    assemble(model).to(dtype=torch.float16).save_pretrained(FOLDER)
+    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
+    note(f"exported {FOLDER.name}: {size / 1e6:.1f} MB")
+
+
+def load() -> StableDiffusionXLPipeline:
+    """The exported pipeline as a user loads it, in float32, on the chosen device."""
+    pipe: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    return pipe.to(pick_device())
