@@ -125,6 +125,7 @@ class TestForward:
 
         layer = KronALayer(Casting(H, D, dtype=torch.bfloat16))
         layer.update_layer("a", *FACTORS["a"], init_b="normal")
+        layer.set_adapter("a")
         x = torch.randn(3, H)
         y = layer(x)
         assert y.dtype == torch.bfloat16 != x.dtype
@@ -620,6 +621,19 @@ class TestMerging:
             quietly(layer.merge, adapter_names=["a"])
         assert same_bits(weight_of(layer), before)
         assert layer.merged_adapters == already
+        layer.unmerge()
+        assert same_bits(weight_of(layer), original)
+
+    def test_what_is_merged_already_counts_once_when_more_is_checked(self):
+        layer = krona_layer("a", "b", dtype=torch.float16)
+        original = weight_of(layer).clone()
+        with torch.no_grad():
+            for factor in (layer.krona_A["a"], layer.krona_B["a"]):
+                factor.fill_(200)
+        layer.merge(adapter_names=["a"])
+        # 40,000 is more than half of what fp16 holds.
+        quietly(layer.merge, adapter_names=["b"])
+        assert layer.merged_adapters == ["a", "b"]
         layer.unmerge()
         assert same_bits(weight_of(layer), original)
 
