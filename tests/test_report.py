@@ -12,7 +12,7 @@ from torch import nn
 from diffusekrona import KronAConfig, KronALayer, KronAReport, inject_krona, krona_report
 from diffusekrona.errors import AdapterNameError, KronAError
 from diffusekrona.factors import cheapest_order, krona_multiply_adds
-from diffusekrona.model import krona_layers
+from diffusekrona.injected import krona_layers
 from diffusekrona.report import LORA_RANK
 
 CONFIG = KronAConfig(a1=4, a2=2, factor_pattern={"to_k": (2, 8)}, init_b="normal")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import peft.mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import KronAConfig, KronAPeftType
 from .errors import AdapterNameError, FactorShapeError
 from .factors import FactorShapes, factor_shapes
+from .injected import krona_layers, undone_on_error
 from .layer import KronALayer, linear_size
 
 
@@ -129,112 +128,12 @@ def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]
     }
 
 
-def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
-    """Every KronALayer of a model by its dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, KronALayer)}
-
-
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """An adapter's own tensors in a model, by the names they are saved under.
-
-    These are `<layer>.krona_A` and `<layer>.krona_B`, and the whole state of each of its `modules_to_save`. A
-    layer under another adapter's has the name that it has without, so it loads where that adapter is not.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, KronALayer) and adapter_name in module.krona_A:
-            tensors[f"{name}.{KronAModel.prefix}A"] = module.krona_A[adapter_name]
-            tensors[f"{name}.{KronAModel.prefix}B"] = module.krona_B[adapter_name]
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
-            tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
-    return {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
-
-
-@contextmanager
-def undone_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterator[None]:
-    """Where the block fails, remove the adapter that it was adding, and leave the models as they were."""
-    models = list(models)
-    trainable = [(parameter, parameter.requires_grad) for m in models for parameter in m.parameters()]
-    active = [(module, module.active_adapters) for model in models for module in _switches(model)]
-    # PEFT unmerges a model when it adds an adapter.
-    merged = [(layer, layer.merged_terms) for model in models for layer in krona_layers(model).values()]
-    try:
-        yield
-    except BaseException:
-        for model in models:
-            remove_adapter(model, adapter_name)
-        for module, names in active:
-            module.set_adapter(names)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        for layer, terms in merged:
-            layer.set_merged(terms)
-        raise
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a model: factors, config, `modules_to_save`, and each KronALayer left with none.
-
-    Merged factors come out of the base weights first, bit for bit. Where the adapter was active, the newest
-    other Kronecker adapter becomes active. No parameter that stays becomes trainable or frozen.
-    """
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    configs.pop(adapter_name, None)
-    others = [name for name, config in configs.items() if isinstance(config, KronAConfig)]
-    layers = krona_layers(model).values()
-    active = next((layer.active_adapters for layer in layers if adapter_name in layer.active_adapters), None)
-    if active is not None:
-        _activate(model, [name for name in active if name != adapter_name] or others[-1:])
-    for layer in layers:
-        layer.delete_adapter(adapter_name)
-    remove_leftovers(model)
-    for parameter, flag in trainable:
-        parameter.requires_grad_(flag)
-
-
-def remove_leftovers(model: nn.Module) -> None:
-    """Remove what stays of adapters that Diffusers deleted or failed to add: copies, empty layers, flag."""
-    configs = getattr(model, "peft_config", None) or {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            for adapter in set(module.modules_to_save) - set(configs):
-                module.delete_adapter(adapter, module.active_adapters)
-            if not module.modules_to_save:
-                _replace(model, name, module.original_module)
-    for name, layer in krona_layers(model).items():
-        if not layer.krona_A:
-            layer.unmerge()
-            _replace(model, name, layer.base_layer)
-    if not configs:
-        for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            vars(model).pop(attribute, None)
-
-
 def _existing_layer(target: nn.Module) -> KronALayer | None:
     """The KronALayer of a target, itself or under other layers: two could not both merge into one weight."""
     layer: Any = target
     while layer is not None and not isinstance(layer, KronALayer):
         layer = getattr(layer, "base_layer", None)
     return layer
-
-
-def _switches(model: nn.Module) -> list[KronALayer | ModulesToSaveWrapper]:
-    return [module for module in model.modules() if isinstance(module, (KronALayer, ModulesToSaveWrapper))]
-
-
-def _activate(model: nn.Module, adapter_names: list[str]) -> None:
-    for module in _switches(model):
-        if isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter([name for name in adapter_names if name in module.modules_to_save][:1])
-        else:
-            module.set_adapter(adapter_names)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _describe(problems: dict[str, str], shown: int = 3) -> str:

@@ -34,8 +34,8 @@ from .fit import check_fit
 from .formats import krona as krona_format
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
+from .injected import adapter_tensors, krona_layers, remove_adapter, remove_leftovers, undone_on_error
 from .layer import KronALayer
-from .model import adapter_tensors, krona_layers, remove_adapter, remove_leftovers, undone_on_error
 
 
 class InjectedAdapter:

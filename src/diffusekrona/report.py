@@ -27,8 +27,8 @@ from .factors import (
     lora_multiply_adds,
     lora_parameters,
 )
+from .injected import krona_layers
 from .layer import KronALayer
-from .model import krona_layers
 
 LORA_RANK = 4
 """The rank of the LoRA that the paper compares with (Table 2)."""

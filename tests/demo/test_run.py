@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from diffusekrona import KronAConfig, load_krona
-from diffusekrona.demo.run import DemoPaths, DemoResult, run_demo
+from diffusekrona.demo.result import DemoResult
+from diffusekrona.demo.run import DemoPaths, run_demo
 from diffusekrona.demo.table import write_markdown
 from diffusekrona.errors import KronAError
 from diffusekrona.training import TrainingConfig

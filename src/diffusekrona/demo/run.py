@@ -17,11 +17,12 @@ from ..config import KronAConfig
 from ..errors import KronAError
 from ..evaluation.judge import Judge
 from ..generation import generate_images
-from ..model import krona_layers
+from ..injected import krona_layers
 from ..pipeline import load_krona, merge_krona, save_krona, unmerge_krona
 from ..report import krona_report
 from ..training import TrainingConfig, TrainingStep, train_dreambooth
 from .picture import draw_picture
+from .result import DemoResult
 from .table import write_markdown
 
 SUBJECT = "a sks toy"
@@ -59,43 +60,6 @@ class DemoPaths:
                     f"The {what} should be in {path}, which is no folder. Run the demo in a clone of the repository, "
                     "or say where the folder is."
                 )
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo measured.
-
-    Attributes:
-        parameters: trainable parameters of the adapter.
-        share: of the base's parameters.
-        file_bytes: size of the saved adapter.
-        training_seconds: optimizer steps alone.
-        seconds: the whole demo.
-        similarity_base: of the base's answers to the subject's pictures, by the judge's features, at most 1.
-        similarity_krona: the same with the adapter.
-        similarity_ceiling: of the subject's pictures among themselves.
-        background_base: share of the base's pictures with the background asked for.
-        background_krona: the same with the adapter.
-        merged_difference: largest difference of a pixel level, of 255, between merged and unmerged pictures.
-        unmerge_exact: whether unmerging gave back every bit of the base's weights.
-        entries_kept: share of the adapted weights that an exact unmerge had to keep.
-        picture: path of the picture.
-    """
-
-    parameters: int
-    share: float
-    file_bytes: int
-    training_seconds: float
-    seconds: float
-    similarity_base: float
-    similarity_krona: float
-    similarity_ceiling: float
-    background_base: float
-    background_krona: float
-    merged_difference: int
-    unmerge_exact: bool
-    entries_kept: float
-    picture: Path
 
 
 def run_demo(

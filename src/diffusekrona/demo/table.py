@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from .run import DemoResult
+from .result import DemoResult
 
 _HEAD = ("", "base model", "with KronA")
 
