@@ -34,6 +34,8 @@ def test_a_base_that_is_nowhere_says_where_it_was_looked_for(name, tmp_path, mon
     assert isinstance(error.value, KronAError)
     assert name in str(error.value)
     assert str(tmp_path / name) in str(error.value)
+    could_be_an_id = name in ("nobody/nothing", "nothing")
+    assert ("cannot be the id of a model" in str(error.value)) != could_be_an_id
     assert "hub" in str(error.value).lower()
 
 
