@@ -24,8 +24,8 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.to_q = nn.Linear(16, 24, bias=False)
-        self.to_v = nn.Linear(16, 24)
         self.to_k = nn.Linear(32, 24)
+        self.to_v = nn.Linear(16, 24)
         self.to_out = nn.ModuleList([nn.Linear(24, 8)])
         self.other = nn.Linear(8, 8)
 
