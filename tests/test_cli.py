@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from diffusekrona import KronALayer, load_krona
 from diffusekrona.cli import app
+from diffusekrona.generation import generate_images
 from tests.pipelines import tiny_sd_pipeline
 
 TRAIN = ["--prompt", "a sks toy", "--steps", "3", "--learning-rate", "0.05"]
@@ -119,6 +120,19 @@ def test_generating_with_a_merged_adapter_is_generating_with_it(base, adapter, t
     assert np.abs(found["plain"] - found["off"]).max() <= 1
     assert np.abs(found["plain"] - found["merged"]).max() > 1
     assert np.abs(found["doubled"] - found["merged"]).max() > 1
+
+
+@pytest.mark.parametrize(("options", "merged"), [([], True), (["--merge"], True), (["--no-merge"], False)])
+def test_the_adapter_is_merged_unless_asked_otherwise(base, adapter, tmp_path, monkeypatch, options, merged):
+    found = []
+
+    def look_and_generate(pipe, *arguments, **rest):
+        found.extend(module.merged for module in pipe.unet.modules() if isinstance(module, KronALayer))
+        return generate_images(pipe, *arguments, **rest)
+
+    monkeypatch.setattr("diffusekrona.cli.generate_images", look_and_generate)
+    run("generate", "--base", base, "--output", tmp_path, *GENERATE, "--adapter", adapter, *options)
+    assert set(found) == {merged}
 
 
 def test_each_prompt_and_seed_has_its_image(base, tmp_path):

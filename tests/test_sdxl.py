@@ -1,6 +1,7 @@
 """The helpers on the full-size UNet of Stable Diffusion XL: 2.57 billion weights in bf16, random ones."""
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def available_memory() -> int:
 
 
 @pytest.fixture(scope="module")
-def unet() -> nn.Module:
+def base() -> nn.Module:
     """Its weights repeat a small random pool, each from another place on; 5 GB of random ones take long."""
     if available_memory() < NEEDED:
         pytest.skip("needs 9 GiB of free memory")
@@ -46,6 +47,12 @@ def unet() -> nn.Module:
             for chunk in parameter.view(-1).split(pool.numel() - number):
                 chunk.copy_(pool[number : number + chunk.numel()])
     return model
+
+
+@pytest.fixture
+def unet(base: nn.Module) -> Iterator[nn.Module]:
+    yield base
+    unload_krona(base)
 
 
 def config() -> KronAConfig:

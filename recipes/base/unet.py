@@ -32,7 +32,7 @@ from .training import (
 
 BATCH = 32
 STEPS = 40_000
-MINUTES = 68.0
+MINUTES = 95.0
 SCHEDULE = (7e-4, 0.03, 200)
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999

@@ -24,26 +24,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise AdapterFileError(f"{path} is not a file.")
     try:
+        with path.open("rb") as opened:
+            start = opened.read(4)
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}.") from error
+    try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except PermissionError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if path.suffix in _PICKLE_SUFFIXES or _looks_pickled(path):
+        # torch.save writes a zip archive; older files start with pickle's protocol mark.
+        if path.suffix in _PICKLE_SUFFIXES or start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise AdapterFileError(
                 f"{path} is a pickle, which can run code when it is read; save the adapter as safetensors."
             ) from error
         raise AdapterFileError(
             f"{path} is not a complete safetensors file ({error}); it may be truncated or damaged, so fetch it again."
         ) from error
-
-
-def _looks_pickled(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(4)
-    # torch.save writes a zip archive; older files start with pickle's protocol mark.
-    return start == b"PK\x03\x04" or start[:1] == b"\x80"
 
 
 def write_whole(files: Mapping[Path, bytes]) -> None:
