@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusekrona.evaluation.judge import Judge
+from diffusekrona.generation import generate_images
+
 from . import art, classifier, export, judge, unet, vae
 from .training import load_checkpoint, note, pick_device
 
@@ -39,7 +42,14 @@ def make_judgement() -> None:
     """Judge the exported pipeline on 300 prompts; write `results.json` and the contact sheet."""
     pipe = export.load()
     asked = judge.questions(300)
-    pictures = judge.generate(pipe, judge.prompts(asked))
+    pictures = generate_images(
+        pipe,
+        judge.prompts(asked),
+        range(len(asked)),
+        guidance_scale=judge.GUIDANCE,
+        steps=judge.STEPS,
+        batch_size=50,
+    )
     asked_parts = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
     report: dict[str, Any] = {
         "concepts": len(art.concepts()),
@@ -49,8 +59,9 @@ def make_judgement() -> None:
         "device": pick_device().type,
         "vae": spent("vae", vae.BATCH) | {"l1": round(vae.reconstruction_error(vae.load()), 4)},
         "unet_and_text": spent("unet", unet.BATCH),
-        "classifier": spent("classifier", classifier.BATCH) | classifier.accuracy(classifier.load()),
-        "obedience": {"steps": judge.STEPS, "guidance": judge.GUIDANCE} | judge.obedience(pictures, asked),
+        "classifier": spent("classifier", classifier.BATCH) | classifier.accuracy(),
+        "obedience": {"prompts": len(asked), "steps": judge.STEPS, "guidance": judge.GUIDANCE}
+        | judge.obedience(Judge(classifier.FOLDER), pictures, asked),
     }
     RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     judge.contact_sheet(pictures[:48], judge.prompts(asked)[:48], SHEET)

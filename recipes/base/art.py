@@ -139,15 +139,13 @@ def to_tensor(pictures: list[Floats]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)) * 2 - 1
 
 
-def save_png(picture: Floats, path: Path) -> None:
-    """Write one (3, height, width) picture in [0, 1] as an 8-bit RGB file."""
-    levels = np.clip(np.round(picture.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(levels).save(path)
+def to_image(picture: Floats) -> Image.Image:
+    """A (3, height, width) picture in [0, 1] as an 8-bit RGB image."""
+    return Image.fromarray(np.clip(np.round(picture.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8))
 
 
 def toy_bear(folder: Path) -> None:
-    """The five pictures to personalise on: the Fluent 3D teddy bear, place and size varied by hand."""
+    """The five pictures to personalise on, each with its caption: the Fluent 3D teddy bear, placed by hand."""
     views = [
         ("blue", 48, 8, 8),
         ("yellow", 40, 20, 2),
@@ -155,8 +153,11 @@ def toy_bear(folder: Path) -> None:
         ("pink", 36, 6, 24),
         ("gray", 44, 16, 14),
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number, (colour, size, top, left) in enumerate(views):
         drawing = sprite("fluent", TEDDY, size)
         picture = Renderer.paste(drawing, top, left, background(colour, rng, jitter=0))
-        save_png(picture, folder / f"{number}-{colour}.png")
+        to_image(picture).save(folder / f"{number}-{colour}.png")
+        caption = f"a sks toy on a {colour} background\n"
+        (folder / f"{number}-{colour}.txt").write_text(caption, encoding="utf-8")

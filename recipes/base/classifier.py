@@ -1,13 +1,14 @@
 """The judge's classifier: which concept on which background. It sees renders only, never the generator."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .art import CACHE, COLOURS, PIXELS, ROOT, STYLES, Renderer, background, concepts, sprite, to_tensor
+from diffusekrona.evaluation.judge import Judge
+
+from .art import CACHE, COLOURS, PIXELS, ROOT, STYLES, Renderer, background, concepts, sprite, to_image
+from .judge import obedience
 from .training import Budget, fit, load_checkpoint, mixed, note, pick_device, save_checkpoint
 
 BATCH = 96
@@ -115,39 +116,17 @@ def train() -> None:
     model.train()
     fit("classifier", budget, optimizer, one_step, checkpoint, SCHEDULE)
     model.to(torch.float16).save_pretrained(FOLDER)
-    note(f"classifier done: {budget.step} steps, {budget.elapsed():.1f} min, {accuracy(load())}")
+    note(f"classifier done: {budget.step} steps, {budget.elapsed():.1f} min, {accuracy()}")
 
 
-def load(folder: Path = FOLDER) -> ResNetForImageClassification:
-    """The trained classifier in float32, in evaluation mode."""
-    model: ResNetForImageClassification = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32)
-    return model.to(pick_device()).eval()
-
-
-@torch.no_grad()
-def ranks(model: ResNetForImageClassification, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For pictures in [-1, 1]: the five likeliest concepts (n, 5) and the likeliest background (n)."""
-    things = len(concepts())
-    logits = torch.cat([model(part.to(model.device)).logits.float().cpu() for part in pictures.split(100)])
-    return logits[:, :things].topk(5).indices, logits[:, things:].argmax(-1)
-
-
-def accuracy(model: ResNetForImageClassification) -> dict[str, float]:
+def accuracy() -> dict[str, float]:
     """Share right on plain renders at sizes and places not trained on: two of each concept in each style."""
     renderer = Renderer([c.image for c in concepts()], sizes=(35, 42, 51))
     rng, names = np.random.default_rng(7), list(COLOURS)
-    pictures, truth, colours = [], [], []
+    pictures, truth = [], []
     for index in range(len(renderer.images)):
         for style in (0, 0, 1, 1):
             colour = int(rng.integers(len(names)))
-            pictures.append(renderer.draw(index, style, background(names[colour], rng), rng))
-            truth.append(index)
-            colours.append(colour)
-    top, ground = ranks(model, to_tensor(pictures))
-    hits = top == torch.tensor(truth)[:, None]
-    return {
-        "renders": len(truth),
-        "concept_top1": round(float(hits[:, 0].float().mean()), 4),
-        "concept_top5": round(float(hits.any(-1).float().mean()), 4),
-        "background": round(float((ground == torch.tensor(colours)).float().mean()), 4),
-    }
+            pictures.append(to_image(renderer.draw(index, style, background(names[colour], rng), rng)))
+            truth.append((index, colour))
+    return {"renders": len(truth)} | obedience(Judge(FOLDER), pictures, truth)
