@@ -1,18 +1,16 @@
 """(A ⊗ B)x against `x @ torch.kron(A, B).T` in float64: values, every gradient, layouts, dtypes, memory."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import kron_linear
 from diffusekrona.factors import FactorShapes, krona_multiply_adds
 from diffusekrona.ops import kron_linear_a_first, kron_linear_b_first, kron_rows
+from tests.tensors import LargestTensor, layouts, leading, outputs_and_gradients, random_inputs, shapes_of_factors
 
 PRODUCTS = [kron_linear, kron_linear_a_first, kron_linear_b_first]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,58 +18,10 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 every_product = pytest.mark.parametrize("product", PRODUCTS)
 many = settings(deadline=None, max_examples=80)
 
-sides = st.sampled_from([1, 2, 3, 4, 5, 7, 11])
-shapes_of_factors = st.builds(FactorShapes, sides, sides, sides, sides)
-leading = st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 3), (0,), (2, 0), (0, 3)])
-
-
-def contiguous(t: Tensor) -> Tensor:
-    return t
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values with the last two dimensions, or the only one, laid out backwards in memory."""
-    return t.mT.contiguous().mT if t.dim() > 1 else strided(t)
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, every other element of a buffer, not from its start."""
-    return torch.stack([torch.full_like(t, 99.0), t], dim=-1)[..., 1]
-
-
-def batch_last(t: Tensor) -> Tensor:
-    """The same values with the first dimension innermost in memory."""
-    return t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() else t
-
-
-def expanded(t: Tensor) -> Tensor:
-    """The first entry along the first dimension for all of it, with stride 0."""
-    return t[:1].expand_as(t) if t.dim() and t.shape[0] else t
-
-
-layouts = st.sampled_from([contiguous, transposed, strided, batch_last, expanded])
-
 
 def reference(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     # torch.kron itself refuses some layouts.
     return x @ torch.kron(A.contiguous(), B.contiguous()).T
-
-
-def outputs_and_gradients(
-    product: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], output_gradient: Tensor
-) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    y = product(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, output_gradient.to(y.dtype))]
-
-
-def random_inputs(
-    shapes: FactorShapes, lead: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64
-) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((*lead, shapes.h), (shapes.a1, shapes.a2), (shapes.b1, shapes.b2), (*lead, shapes.d))
-    *inputs, output_gradient = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
-    return inputs, output_gradient
 
 
 @every_product
@@ -217,21 +167,6 @@ def test_any_range_of_rows_is_that_range_of_the_product(shapes, data):
     (_, A, B), _ = random_inputs(shapes, (), seed=5)
     start, stop = sorted(data.draw(st.tuples(st.integers(0, shapes.d), st.integers(0, shapes.d))))
     assert torch.equal(kron_rows(A, B, start, stop), torch.kron(A, B)[start:stop])
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes how many elements the largest tensor that any operation returns has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @every_product

@@ -13,6 +13,7 @@ from .config import Init
 from .errors import FactorShapeError, MergeError
 from .exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype, check_mergeable, merge_, unmerge_
 from .factors import FactorShapes, factor_shapes
+from .fused import can_fuse, linear_with_kron
 from .ops import kron_linear
 
 
@@ -108,18 +109,32 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in [] if self.disable_adapters else self.active_adapters:
-            if name in self.krona_A and name not in self.merged_adapters:
-                result = result + self._delta(name, x).to(result.dtype)
+        base, names = self.base_layer, self._names_to_add()
+        if names and not args and not kwargs and not self._drops_out(names) and can_fuse(base, x):
+            return linear_with_kron(x, base.weight, base.bias, [self._scaled_factors(name) for name in names])
+        result: Tensor = base(x, *args, **kwargs)
+        for name in names:
+            result = result + self._delta(name, x).to(result.dtype)
         return result
 
+    def _names_to_add(self) -> list[str]:
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.krona_A and name not in self.merged_adapters]
+
+    def _drops_out(self, names: list[str]) -> bool:
+        return self.training and any(self.dropout[name] for name in names)
+
     def _delta(self, name: str, x: Tensor) -> Tensor:
-        if self.training and self.dropout[name]:
+        if self._drops_out([name]):
             x = nn.functional.dropout(x, self.dropout[name])
-        # The scale goes into the smaller factor, and both take x's dtype: cheaper than touching x or the output.
-        A = self.krona_A[name] * self.scaling[name]
-        return kron_linear(x, A.to(x.dtype), self.krona_B[name].to(x.dtype))
+        A, B = self._scaled_factors(name)
+        return kron_linear(x, A.to(x.dtype), B.to(x.dtype))
+
+    def _scaled_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        # The scale goes into the smaller factor, which is cheaper than touching x or the output.
+        A, scale = self.krona_A[name], self.scaling[name]
+        return A if scale == 1 else A * scale, self.krona_B[name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update s · A ⊗ B of one adapter, d × h, in the factors' dtype."""
@@ -152,7 +167,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """Fold s · A ⊗ B of the named adapters, or of the active ones, into the base weight, in place.
 
         The arithmetic is fp32 whatever the weight's dtype, the sum over all merged adapters is rounded once, and
-        `unmerge` gives back the old weight bit for bit, also after the factors have changed.
+        `unmerge` gives back the old weight bit for bit, also after the factors have changed. What others do to the
+        weight in between is theirs to undo first: a cast, another tuner's merge, a second layer on the same weight.
 
         Args:
             safe_merge: no effect: every merge is checked before it changes anything.

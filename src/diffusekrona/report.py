@@ -41,7 +41,7 @@ class LayerReport:
     Attributes:
         name: dotted name, with the component's in front.
         shapes: of A and B.
-        rank: the rank the update has, rank(A)·rank(B); None where the factors hold no values
+        rank: the rank the update has at any scale but 0, rank(A)·rank(B); None where the factors hold no values
             (meta device) or not only finite ones.
     """
 

@@ -1,0 +1,107 @@
+"""Timing methods in turns, and counting the bytes that a step keeps and needs."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from .methods import Method
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of attention projection: so many layers of d × h that each see `tokens` inputs."""
+
+    name: str
+    tokens: int
+    h: int
+    d: int
+    layers: int
+
+
+class Step:
+    """Forward and backward of one layer under one method. The input asks for a gradient, as inside a network.
+
+    Every method gets the same weight and input.
+    """
+
+    def __init__(self, method: Method, weight: Tensor, x: Tensor, output_gradient: Tensor) -> None:
+        base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        self.layer = method(base)
+        self.weight = base.weight
+        self.x = x.detach().requires_grad_()
+        self.output_gradient = output_gradient
+
+    def __call__(self) -> None:
+        self.x.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+        self.layer(self.x).backward(self.output_gradient)
+
+    def saved_bytes(self) -> int:
+        """Bytes that the forward pass keeps for the backward pass, parameters left out."""
+        parameters = [self.weight, *self.layer.parameters()]
+        own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = self.layer(self.x)
+        del y
+        return sum(kept.values())
+
+    def peak_bytes(self) -> int:
+        """The most that is allocated at once during the step, beyond parameters, input and output gradient."""
+        self()
+        self.x.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.layer(self.x).backward(self.output_gradient)
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        return peak
+
+
+def steps(methods: Mapping[str, Method], shape: Shape) -> dict[str, Step]:
+    """A step for each method on one shape."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape.d, shape.h) / shape.h**0.5
+    x, output_gradient = torch.randn(1, shape.tokens, shape.h), torch.randn(1, shape.tokens, shape.d)
+    return {name: Step(method, weight, x, output_gradient) for name, method in methods.items()}
+
+
+def timed_in_turns(actions: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each action in each round; within a round they run once each, in random order."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    order, shuffle = list(actions), random.Random(0)
+    for action in actions.values():  # what the first call sets up does not count
+        action()
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            began = time.perf_counter()
+            actions[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_ratio(seconds: list[float], floor: list[float]) -> float:
+    """Median over the rounds of one action's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds, floor, strict=True))

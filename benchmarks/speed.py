@@ -1,0 +1,135 @@
+"""What a training step of one adapted layer costs beside the peers': `python -m benchmarks.speed`.
+
+Every attention projection of SDXL at 1024², of Stable Diffusion 1.5 at 512² and of a FLUX-like transformer, fp32 on
+this machine's CPU: forward and backward, the input asking for its gradient as it does inside a network. All methods
+take turns in every round, in random order; a ratio is the median over the rounds of one method's time over the
+frozen layer's in the same round. "Saved" are the bytes kept for the backward pass, "peak" the most that is allocated
+at once, parameters left out of both. Writes `benchmarks/results/speed.md`, `.json` and `.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from .measuring import Shape, median_ratio, steps, timed_in_turns
+from .methods import METHODS
+
+RESULTS = Path(__file__).parent / "results"
+SDXL = (
+    Shape("SDXL 1280, self", tokens=1024, h=1280, d=1280, layers=360),
+    Shape("SDXL 640, self", tokens=4096, h=640, d=640, layers=60),
+    Shape("SDXL 1280, text", tokens=77, h=2048, d=1280, layers=120),
+    Shape("SDXL 640, text", tokens=77, h=2048, d=640, layers=20),
+)
+SD15 = (
+    Shape("SD 1.5 320, self", tokens=4096, h=320, d=320, layers=30),
+    Shape("SD 1.5 640, self", tokens=1024, h=640, d=640, layers=30),
+    Shape("SD 1.5 1280, self", tokens=256, h=1280, d=1280, layers=30),
+    Shape("SD 1.5 1280, middle", tokens=64, h=1280, d=1280, layers=6),
+    Shape("SD 1.5 320, text", tokens=77, h=768, d=320, layers=10),
+    Shape("SD 1.5 640, text", tokens=77, h=768, d=640, layers=10),
+    Shape("SD 1.5 1280, text", tokens=77, h=768, d=1280, layers=12),
+)
+FLUX = (Shape("FLUX-like 3072", tokens=4608, h=3072, d=3072, layers=1),)
+FLOOR = "frozen base"
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """All methods on one shape."""
+    actions = steps(METHODS, shape)
+    seconds = timed_in_turns(actions, rounds)
+    return {
+        "shape": shape.__dict__,
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "ratio": {name: median_ratio(times, seconds[FLOOR]) for name, times in seconds.items()},
+        "saved_bytes": {name: step.saved_bytes() for name, step in actions.items()},
+        "peak_bytes": {name: step.peak_bytes() for name, step in actions.items()},
+    }
+
+
+def mix(found: list[dict[str, Any]], what: str) -> dict[str, float]:
+    """Sum over a model's layers."""
+    return {name: sum(f["shape"]["layers"] * f[what][name] for f in found) for name in METHODS}
+
+
+def mixed_ratio(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Time of all of a model's layers over the frozen ones', each shape's paired ratio weighted by its frozen time."""
+    floor = [f["shape"]["layers"] * f["seconds"][FLOOR] for f in found]
+    return {name: sum(w * f["ratio"][name] for w, f in zip(floor, found, strict=True)) / sum(floor) for name in METHODS}
+
+
+def shape_table(found: list[dict[str, Any]]) -> list[str]:
+    """Ratios to the frozen layer, one column per shape."""
+    names = [f["shape"]["name"] for f in found]
+    lines = ["| step / frozen layer's | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    sizes = [f"{f['shape']['tokens']} × {f['shape']['h']} → {f['shape']['d']}" for f in found]
+    lines.append("| *tokens × h → d* | " + " | ".join(sizes) + " |")
+    lines.append("| *frozen layer, ms* | " + " | ".join(f"{1e3 * f['seconds'][FLOOR]:.2f}" for f in found) + " |")
+    for method in METHODS:
+        lines.append(f"| {method} | " + " | ".join(f"{f['ratio'][method]:.2f}" for f in found) + " |")
+    return lines
+
+
+def mix_table(found: list[dict[str, Any]]) -> list[str]:
+    """All layers of one model together."""
+    ratios, saved, peak = mixed_ratio(found), mix(found, "saved_bytes"), mix(found, "peak_bytes")
+    lora = "PEFT LoRA r=4"
+    lines = [
+        "| all layers | step / frozen | step / LoRA r=4 | saved / LoRA r=4 | peak / LoRA r=4 |",
+        "|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        lines.append(
+            f"| {name} | {ratios[name]:.3f} | {ratios[name] / ratios[lora]:.3f} "
+            f"| {saved[name] / saved[lora]:.3f} | {peak[name] / peak[lora]:.3f} |"
+        )
+    return lines
+
+
+def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Bars: the step over the frozen layer's, for each model."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    names = list(METHODS)[1:]
+    for number, (model, found) in enumerate(groups.items()):
+        ratios = mixed_ratio(found)
+        places = [i + (number - 1) * 0.27 for i in range(len(names))]
+        axis.barh(places, [ratios[name] for name in names], height=0.25, label=model)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel("training step / frozen layers' step")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    groups: dict[str, list[dict[str, Any]]] = {}
+    lines = [
+        __doc__ or "",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds, {platform.machine()}.",
+    ]
+    for model, shapes in (("SDXL", SDXL), ("SD 1.5", SD15), ("FLUX-like", FLUX)):
+        groups[model] = [measure(shape, max(3, rounds // 3) if model == "FLUX-like" else rounds) for shape in shapes]
+        lines += ["", f"## {model}", "", *mix_table(groups[model]), "", *shape_table(groups[model])]
+        print("\n".join(lines[-len(METHODS) * 2 - 9 :]), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "speed.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (RESULTS / "speed.json").write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
+    draw(groups, RESULTS / "speed.png")
+
+
+if __name__ == "__main__":
+    main()

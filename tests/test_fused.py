@@ -1,0 +1,392 @@
+"""The fused step against the base's output plus `x @ torch.kron(A, B).T`, and against what it may cost."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusekrona import KronALayer
+from diffusekrona.factors import FactorShapes, krona_multiply_adds
+from diffusekrona.fused import can_fuse, linear_with_kron
+from tests.tensors import LargestTensor, layouts, leading, outputs_and_gradients, random_inputs, shapes_of_factors
+
+many = settings(deadline=None, max_examples=80)
+A_FIRST, B_FIRST = FactorShapes(2, 6, 5, 3), FactorShapes(6, 2, 3, 5)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    y = functional.linear(x, weight, bias)
+    for A, B in zip(factors[::2], factors[1::2], strict=True):
+        y = y + x @ torch.kron(A.contiguous(), B.contiguous()).T
+    return y
+
+
+def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    return linear_with_kron(x, weight, bias, list(zip(factors[::2], factors[1::2], strict=True)))
+
+
+def frozen(function, shapes: FactorShapes, bias: bool, dtype=torch.float64):
+    """The function of x and the factors, for one random weight."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(shapes.d, shapes.h, generator=generator, dtype=torch.float64).to(dtype)
+    offset = torch.randn(shapes.d, generator=generator, dtype=torch.float64).to(dtype) if bias else None
+    return lambda x, *factors: function(x, weight, offset, *factors)
+
+
+@many
+@given(
+    shapes=shapes_of_factors,
+    lead=leading,
+    bias=st.booleans(),
+    second=st.booleans(),
+    layout=st.tuples(layouts, layouts, layouts, layouts),
+    seed=st.integers(0, 2**31),
+)
+def test_value_and_every_gradient_equal_the_dense_product_in_any_layout(shapes, lead, bias, second, layout, seed):
+    inputs, output_gradient = random_inputs(shapes, lead, seed)
+    # A second adapter of the same layer, with its sides the other way round where that fits.
+    other = FactorShapes(shapes.b1, shapes.b2, shapes.a1, shapes.a2) if second else None
+    if other:
+        inputs += random_inputs(other, lead, seed + 1)[0][1:]
+    layout = (layout[0], *[lay for _ in inputs[1::2] for lay in layout[1:3]])
+
+    def laid_out(function):
+        function = frozen(function, shapes, bias)
+        return lambda *leaves: function(*(lay(leaf) for lay, leaf in zip(layout, leaves, strict=True)))
+
+    found = outputs_and_gradients(laid_out(fused), inputs, output_gradient)
+    expected = outputs_and_gradients(laid_out(reference), inputs, output_gradient)
+    assert found[0].shape == (*lead, shapes.d)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@many
+@given(shapes=shapes_of_factors, lead=leading, layout=layouts, seed=st.integers(0, 2**31))
+def test_an_output_gradient_of_any_layout_is_taken(shapes, lead, layout, seed):
+    inputs, output_gradient = random_inputs(shapes, lead, seed)
+    found = outputs_and_gradients(frozen(fused, shapes, False), inputs, layout(output_gradient))
+    expected = outputs_and_gradients(frozen(reference, shapes, False), inputs, layout(output_gradient))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@many
+@given(shapes=shapes_of_factors, lead=leading, seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("factor_dtype", ["x's", torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_stays_within_the_bound_of_the_dtype(dtype, factor_dtype, shapes, lead, seed):
+    factor_dtype = dtype if factor_dtype == "x's" else factor_dtype
+    (x, *factors), output_gradient = random_inputs(shapes, lead, seed, dtype)
+    inputs = [x, *(factor.to(factor_dtype) for factor in factors)]
+    found = outputs_and_gradients(frozen(fused, shapes, True, dtype), inputs, output_gradient)
+
+    def exactly(change):
+        rounded = frozen(
+            lambda x, w, b, *f: reference(x, *(change(t.to(dtype).double()) for t in (w, b)), *f), shapes, True
+        )
+        return outputs_and_gradients(rounded, [change(t.double()) for t in inputs], change(output_gradient.double()))
+
+    # All are sums of products, so with absolute values they bound what rounding each term can do.
+    exact, largest = exactly(lambda t: t), exactly(torch.abs)
+    tokens = max(1, output_gradient.numel() // shapes.d)
+    steps = sum(shapes) + shapes.d + shapes.h + tokens * max(shapes) + 4
+    for ours, theirs, bound, leaf in zip(found, exact, largest, (x, *inputs), strict=True):
+        assert ours.dtype == leaf.dtype
+        error = (ours.double() - theirs).abs()
+        assert bool((error <= steps * (torch.finfo(dtype).eps * bound + torch.finfo(dtype).tiny)).all())
+
+
+@pytest.mark.parametrize("shapes", [A_FIRST, B_FIRST])
+def test_gradients_pass_gradcheck_twice(shapes):
+    inputs, _ = random_inputs(shapes, (2,), seed=0)
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(frozen(fused, shapes, True), leaves)
+    assert torch.autograd.gradgradcheck(frozen(fused, shapes, True), leaves)
+
+
+@pytest.mark.parametrize("shapes", [A_FIRST, B_FIRST])
+@pytest.mark.parametrize("wanted", [(i & 1, i & 2, i & 4) for i in range(8)])
+def test_only_the_inputs_that_ask_for_a_gradient_get_one(shapes, wanted):
+    inputs, output_gradient = random_inputs(shapes, (4,), seed=1)
+    expected = outputs_and_gradients(frozen(reference, shapes, False), inputs, output_gradient)[1:]
+    leaves = [t.requires_grad_(bool(flag)) for t, flag in zip(inputs, wanted, strict=True)]
+    y = frozen(fused, shapes, False)(*leaves)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.backward(output_gradient)
+    for leaf, gradient, flag in zip(leaves, expected, wanted, strict=True):
+        assert (leaf.grad is not None) == bool(flag)
+        if flag:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "adapter_products"),
+    [("xAB", 5), ("AB", 5), ("xA", 3), ("xB", 4), ("x", 2), ("A", 3), ("B", 3)],
+)
+@pytest.mark.parametrize("shapes", [FactorShapes(4, 4, 4, 4)])
+def test_no_product_is_computed_that_nobody_asks_for(shapes, wanted, adapter_products):
+    """All products of an adapter with square sides cost alike. The counter misses those that add in place."""
+    (x, A, B), output_gradient = random_inputs(shapes, (8,), seed=1)
+    for tensor, name in ((x, "x"), (A, "A"), (B, "B")):
+        tensor.requires_grad_(name in wanted)
+    with FlopCounterMode(display=False) as counter:
+        frozen(fused, shapes, False)(x, A, B).backward(output_gradient)
+    base = 8 * shapes.d * shapes.h * (2 if "x" in wanted else 1)
+    half = krona_multiply_adds(shapes, "A first", tokens=8) // 2
+    assert counter.get_total_flops() == 2 * (base + half * adapter_products)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_leaves_dtypes(x_dtype, factor_dtype):
+    shapes = FactorShapes(4, 3, 2, 5)
+    (x, A, B), output_gradient = random_inputs(shapes, (6,), seed=2)
+    leaves = [t.to(d).requires_grad_() for t, d in ((x, x_dtype), (A, factor_dtype), (B, factor_dtype))]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen(fused, shapes, True, torch.float32)(*leaves)
+    assert y.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y, leaves, output_gradient.bfloat16())
+    expected = outputs_and_gradients(frozen(reference, shapes, True), [x, A, B], output_gradient)
+    for ours, theirs, leaf in zip((y, *gradients), expected, (y, *leaves), strict=True):
+        assert ours.dtype == leaf.dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("shapes", [FactorShapes(8, 8, 8, 8), FactorShapes(4, 16, 16, 4), FactorShapes(16, 2, 4, 32)])
+def test_neither_direction_ever_builds_the_dense_product(shapes):
+    inputs, output_gradient = random_inputs(shapes, (3,), seed=6)
+    weight = torch.zeros(shapes.d, shapes.h, dtype=torch.float64)
+    with LargestTensor(apart_from=weight) as largest:
+        outputs_and_gradients(lambda x, A, B: fused(x, weight, None, A, B), inputs, output_gradient)
+    assert 0 < largest.elements < shapes.d * shapes.h
+
+
+def saved_for_backward(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The tensors that a module's output keeps for its backward pass, the module's parameters left out."""
+    kept: dict[int, Tensor] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x)
+    return list(kept.values())
+
+
+def krona_layer(shapes: FactorShapes = A_FIRST, bias: bool = True, **options) -> KronALayer:
+    torch.manual_seed(0)
+    layer = KronALayer(nn.Linear(shapes.h, shapes.d, bias=bias).requires_grad_(False))
+    layer.update_layer("default", shapes.a1, shapes.a2, init_b="normal", **options)
+    return layer
+
+
+def ran_fused(y: Tensor) -> bool:
+    """Whether y came out of the fused step."""
+    return type(y.grad_fn).__name__ == "LinearWithKronBackward"
+
+
+@pytest.mark.parametrize("shapes", [A_FIRST, B_FIRST])
+def test_a_layer_keeps_its_input_alone(shapes):
+    x = torch.randn(7, shapes.h, requires_grad=True)
+    layer = krona_layer(shapes)
+    assert [t.data_ptr() for t in saved_for_backward(layer, x)] == [x.data_ptr()]
+    layer.krona_A.requires_grad_(False)
+    layer.krona_B.requires_grad_(False)
+    assert saved_for_backward(layer, x) == []
+
+
+def test_a_plain_frozen_linear_layer_is_fused():
+    y = krona_layer()(torch.randn(3, A_FIRST.h))
+    assert ran_fused(y)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def doubled_by_subclass(base: nn.Linear) -> None:
+    base.__class__ = Doubling
+
+
+def doubled_by_hook(base: nn.Linear) -> None:
+    base.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def doubled_by_pre_hook(base: nn.Linear) -> None:
+    base.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def doubled_by_new_forward(base: nn.Linear) -> None:
+    plain = base.forward
+    base.forward = lambda x: 2 * plain(x)
+
+
+def doubled_by_parametrization(base: nn.Linear) -> None:
+    nn.utils.parametrize.register_parametrization(base, "weight", Double())
+    base.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "double",
+    [doubled_by_subclass, doubled_by_hook, doubled_by_pre_hook, doubled_by_new_forward, doubled_by_parametrization],
+)
+def test_a_base_layer_that_does_more_than_a_plain_one_is_called(double):
+    x, layer = torch.randn(3, A_FIRST.h), krona_layer(bias=False)
+    expected = 2 * layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+    double(layer.base_layer)
+    y = layer(x)
+    assert not ran_fused(y)
+    torch.testing.assert_close(y, expected)
+
+
+def test_hooks_that_look_at_gradients_and_hooks_on_all_modules_see_the_base_layer():
+    x, layer, seen = torch.randn(3, A_FIRST.h, requires_grad=True), krona_layer(), []
+    handle = layer.base_layer.register_full_backward_hook(lambda module, gx, gy: seen.append("backward"))
+    layer(x).sum().backward()
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, y: seen.append(type(module).__name__)
+    )
+    layer(x)
+    handle.remove()
+    assert seen == ["backward", "Linear", "KronALayer"]
+    assert ran_fused(layer(x))
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_layer_in_training_gets_its_gradients(part):
+    layer = krona_layer()
+    getattr(layer.base_layer, part).requires_grad_()
+    layer(torch.randn(3, A_FIRST.h)).square().sum().backward()
+    assert getattr(layer.base_layer, part).grad is not None
+
+
+@pytest.mark.parametrize("shapes", [FactorShapes(2, 4, 12, 6), FactorShapes(8, 8, 16, 16), FactorShapes(4, 2, 6, 12)])
+def test_what_asks_for_a_gradient_does_not_change_a_bit_of_the_output(shapes):
+    layer, x = krona_layer(shapes), torch.randn(2, 7, shapes.h)
+    with torch.no_grad():
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+    layer.requires_grad_(False)
+    assert torch.equal(layer(x), expected)
+    layer.requires_grad_(True)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+def test_dropout_takes_the_other_path_in_training_only():
+    layer, x = krona_layer(dropout=0.5), torch.randn(64, A_FIRST.h)
+    assert not ran_fused(layer(x))
+    assert ran_fused(layer.eval()(x))
+
+
+def test_arguments_for_the_base_layer_take_the_other_path():
+    layer = krona_layer()
+    layer.base_layer.__class__ = type(
+        "Scaled", (nn.Linear,), {"forward": lambda self, x, k: k * nn.Linear.forward(self, x)}
+    )
+    x = torch.randn(3, A_FIRST.h)
+    torch.testing.assert_close(layer(x, 0.0), x @ layer.get_delta_weight("default").T)
+    with pytest.raises(TypeError):
+        krona_layer()(x, 0.0)
+
+
+def test_several_active_adapters_are_one_step():
+    layer, x = krona_layer(), torch.randn(3, A_FIRST.h)
+    layer.update_layer("other", 5, 2, init_b="normal", alpha=0.5)
+    layer.set_adapter(["default", "other"])
+    y = layer(x)
+    assert ran_fused(y)
+    expected = layer.base_layer(x) + sum(x @ layer.get_delta_weight(name).T for name in ("default", "other"))
+    torch.testing.assert_close(y, expected)
+
+
+def test_the_output_may_be_changed_in_place():
+    layer, x = krona_layer(), torch.randn(3, A_FIRST.h)
+    y = layer(x)
+    y += 1
+    y.relu_()
+    y.sum().backward()
+    twin = krona_layer()
+    (twin.base_layer(x) + x @ twin.get_delta_weight("default").T + 1).relu().sum().backward()
+    torch.testing.assert_close(layer.krona_A["default"].grad, twin.krona_A["default"].grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    x, gradients = torch.randn(3, A_FIRST.h), []
+    for run in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        layer, leaf = krona_layer(), x.clone().requires_grad_()
+        run(layer, leaf).square().sum().backward()
+        gradients.append([leaf.grad, layer.krona_A["default"].grad, layer.krona_B["default"].grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_torch_func_and_forward_mode_take_the_other_path_and_agree():
+    layer, x = krona_layer(), torch.randn(3, A_FIRST.h)
+    A = layer.krona_A["default"].detach()
+
+    def loss(A, x):
+        return torch.func.functional_call(layer, {"krona_A.default": A}, (x,)).square().sum()
+
+    expected = torch.autograd.grad(loss(A.clone().requires_grad_(), x), layer.krona_B["default"])
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(loss)(A, x), layer.krona_A["default"].grad)
+    torch.testing.assert_close(layer.krona_B["default"].grad, *expected)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(A, x[:, None])
+    torch.testing.assert_close(each.sum(0), layer.krona_A["default"].grad)
+    direction = torch.randn_like(A)
+    _, along = torch.func.jvp(lambda A: loss(A, x), (A,), (direction,))
+    torch.testing.assert_close(along, (layer.krona_A["default"].grad * direction).sum())
+    with forward_ad.dual_level():
+        dual = torch.func.functional_call(layer, {"krona_A.default": forward_ad.make_dual(A, direction)}, (x,))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual.square().sum()).tangent, along)
+
+
+def test_quantized_weights_and_other_tensor_subclasses_are_left_to_the_base_layer():
+    class Quantized(Tensor):
+        pass
+
+    base = nn.Linear(4, 4).requires_grad_(False)
+    x = torch.randn(2, 4)
+    assert can_fuse(base, x)
+    assert not can_fuse(base, x.as_subclass(Quantized))
+    base.weight = nn.Parameter(base.weight.data.as_subclass(Quantized), requires_grad=False)
+    assert not can_fuse(base, x)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_compiled_without_a_break_and_without_a_second_compilation_for_new_weights(context):
+    torch._dynamo.reset()
+    layer, x = krona_layer(), torch.randn(3, A_FIRST.h)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with context(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), layer(x))
+            with torch.no_grad():
+                layer.krona_A["default"].add_(1)
+                layer.base_layer.weight.mul_(0.5)
+    if context is contextlib.nullcontext:
+        compiled(x).sum().backward()
+        found, layer.krona_A["default"].grad = layer.krona_A["default"].grad, None
+        layer(x).sum().backward()
+        torch.testing.assert_close(found, layer.krona_A["default"].grad)
