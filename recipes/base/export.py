@@ -1,5 +1,7 @@
 """Put the trained parts together as a `StableDiffusionXLPipeline` folder in half precision."""
 
+import json
+
 import torch
 from diffusers import StableDiffusionXLPipeline
 
@@ -29,6 +31,12 @@ def export() -> None:
     """Write `models/emoji-sdxl` from the averaged weights."""
     model, _ = unet_stage.averaged()
     assemble(model).to(dtype=torch.float16).save_pretrained(FOLDER)
+    for name in ("tokenizer", "tokenizer_2"):
+        model.text.tokenizer.backend_tokenizer.model.save(str(FOLDER / name))  # what transformers 4 reads
+    for file in FOLDER.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where it lay while it was trained
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
     note(f"exported {FOLDER.name}: {size / 1e6:.1f} MB")
 

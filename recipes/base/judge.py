@@ -11,7 +11,7 @@ from diffusekrona.evaluation.judge import Judge
 from .art import COLOURS, PIXELS, Concept, concepts
 from .captions import caption
 
-STEPS = 25
+STEPS = 20
 GUIDANCE = 5.0
 Question = tuple[int, int]  # concept number, colour number
 
