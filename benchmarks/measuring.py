@@ -41,10 +41,12 @@ class Step:
         self.output_gradient = output_gradient
 
     def __call__(self) -> None:
-        self.x.grad = None
-        for parameter in self.layer.parameters():
-            parameter.grad = None
+        self._clear()
         self.layer(self.x).backward(self.output_gradient)
+
+    def _clear(self) -> None:
+        for tensor in (self.x, *self.layer.parameters()):
+            tensor.grad = None
 
     def saved_bytes(self) -> int:
         """Bytes that the forward pass keeps for the backward pass, parameters left out."""
@@ -66,9 +68,7 @@ class Step:
     def peak_bytes(self) -> int:
         """The most that is allocated at once during the step, beyond parameters, input and output gradient."""
         self()
-        self.x.grad = None
-        for parameter in self.layer.parameters():
-            parameter.grad = None
+        self._clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self.layer(self.x).backward(self.output_gradient)
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
