@@ -147,11 +147,11 @@ def to_image(picture: Floats) -> Image.Image:
 def toy_bear(folder: Path) -> None:
     """The five pictures to personalise on, each with its caption: the Fluent 3D teddy bear, placed by hand."""
     views = [
-        ("blue", 48, 8, 8),
-        ("yellow", 40, 20, 2),
-        ("green", 52, 10, 12),
-        ("pink", 36, 6, 24),
-        ("gray", 44, 16, 14),
+        ("blue", 56, 4, 4),
+        ("yellow", 48, 15, 1),
+        ("green", 56, 6, 8),
+        ("pink", 48, 2, 15),
+        ("gray", 52, 9, 6),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
