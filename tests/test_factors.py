@@ -4,18 +4,19 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusekrona import factors
+from diffusekrona import KronALayer, factors
 from diffusekrona.errors import FactorShapeError
-from diffusekrona.factors import FactorShapes, factor_shapes
+from diffusekrona.factors import FactorShapes, StepCost, factor_shapes
 from diffusekrona.ops import kron_linear_a_first, kron_linear_b_first
 
 quick = settings(deadline=None, max_examples=100)
@@ -66,6 +67,41 @@ def counted_multiply_adds(run) -> int:
         run()
     # The counter counts a multiply-add of a matrix product as two operations.
     return products.total + matmuls.get_total_flops() // 2
+
+
+class Work(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products, and the elements that operations read and write.
+
+    A view moves no element, an expanded tensor only those it holds.
+    """
+
+    PRODUCTS = frozenset(["mm", "bmm", "addmm_", "baddbmm_"])
+
+    MOVE_NOTHING = frozenset(["view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "detach"])
+    DECIDE_ON_DROPOUT = frozenset(["rand", "gt", "_local_scalar_dense"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiply_adds = self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in self.PRODUCTS:
+            self.multiply_adds += args[-2].numel() * args[-1].shape[-1]
+        if name not in self.MOVE_NOTHING | self.DECIDE_ON_DROPOUT:
+            touched = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            self.elements += sum(min(t.numel(), t.untyped_storage().nbytes() // t.element_size()) for t in touched)
+        return result
+
+
+def counted_step(layer: nn.Module, d: int, h: int, tokens: int) -> StepCost:
+    """Forward and backward of a layer, counted while it runs."""
+    x, output_gradient = torch.randn(tokens, h, requires_grad=True), torch.randn(tokens, d)
+    wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    with Work() as work:
+        torch.autograd.grad(layer(x), wanted, output_gradient)
+    return StepCost(work.multiply_adds, work.elements)
 
 
 @quick
@@ -247,3 +283,31 @@ def test_a_first_wins_where_the_paper_puts_the_smaller_factor_first():
     costs = [factors.krona_multiply_adds(shapes, order) for order in ("A first", "B first")]
     assert costs == [4 * 64 * 20 + 4 * 20 * 320, 64 * 20 * 320 + 4 * 64 * 320]
     assert costs[1] == 16 * costs[0]
+
+
+@few
+@given(st.tuples(*[st.integers(2, 9)] * 4).map(lambda sizes: FactorShapes(*sizes)), st.integers(2, 9))
+@example(FactorShapes(2, 8, 9, 2), 5).via("A first")
+@example(FactorShapes(8, 2, 2, 9), 5).via("B first")
+@example(FactorShapes(9, 9, 2, 2), 5).via("the products of the gradient of A are larger than what they are made of")
+def test_a_step_with_krona_takes_what_is_counted(shapes, tokens):
+    d, h = shapes.d, shapes.h
+    base = nn.Linear(h, d, bias=False).requires_grad_(False)
+    assert factors.frozen_step(d, h, tokens) == counted_step(base, d, h, tokens)
+    layer = KronALayer(base)
+    layer.update_layer("default", shapes.a1, shapes.a2)
+    assert factors.krona_step(shapes, tokens) == counted_step(layer, d, h, tokens)
+
+
+@few
+@given(d=st.integers(2, 40), h=st.integers(2, 40), r=st.integers(1, 6), tokens=st.integers(2, 9), factor=lokr_factors)
+def test_a_step_with_pefts_adapters_takes_what_is_counted(d, h, r, tokens, factor):
+    lora = adapted_by_peft(LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"]), d, h, "cpu")
+    assert factors.lora_step(d, h, r, tokens) == counted_step(lora, d, h, tokens)
+    assume(min(factors.lokr_shapes(d, h, factor)) > 1)  # autograd leaves sums over one entry out
+    lokr = adapted_by_peft(LoKrConfig(r=r, decompose_factor=factor, target_modules=["0"]), d, h, "cpu")
+    assert factors.lokr_step(d, h, r, factor, tokens) == counted_step(lokr, d, h, tokens)
+
+
+def test_time_weighs_moved_elements_against_multiply_adds():
+    assert StepCost(multiply_adds=100, elements=10).time(balance=30) == 400

@@ -184,3 +184,63 @@ def lokr_multiply_adds(d: int, h: int, r: int | None = None, factor: int = -1, t
 def loha_multiply_adds(d: int, h: int, r: int, tokens: int = 1) -> int:
     """Multiply-adds of a LoHa update that builds ΔW and applies it to `tokens` inputs."""
     return 2 * r * d * h + d * h + tokens * d * h
+
+
+class StepCost(NamedTuple):
+    """What one training step of one layer takes: forward, and backward to its input and to what is trained.
+
+    Attributes:
+        multiply_adds: in products of matrices.
+        elements: tensor elements read or written, counted once for every operation that touches them.
+    """
+
+    multiply_adds: int
+    elements: int
+
+    def time(self, balance: float) -> float:
+        """The step's time in multiply-adds, on a machine that does `balance` of them while it moves one element."""
+        return self.multiply_adds + balance * self.elements
+
+
+def frozen_step(d: int, h: int, tokens: int) -> StepCost:
+    """The step of a layer without an adapter: output and input gradient. It is part of all that follow."""
+    return StepCost(2 * tokens * d * h, 2 * tokens * (d + h) + 2 * d * h)
+
+
+def krona_step(shapes: FactorShapes, tokens: int, order: Order | None = None) -> StepCost:
+    """The step of a layer with KronA as `fused.linear_with_kron` does it, in the cheaper order unless told otherwise.
+
+    The order's intermediate is made twice, since it is not kept for the backward pass.
+    """
+    a1, a2, b1, b2 = shapes
+    a_first = (order or cheapest_order(shapes)) == "A first"
+    by_a, by_b = (a1 * a2 * b2, a1 * b1 * b2) if a_first else (a1 * a2 * b1, a2 * b1 * b2)
+    made, shared = (a1 * b2, b2) if a_first else (a2 * b1, b1)
+    remade = by_a if a_first else by_b
+    for_gradient_of_a = 2 * min(a1 * a2, (a1 + a2) * shared)
+    factors = 4 * a1 * a2 + 3 * b1 * b2 if a_first else 3 * a1 * a2 + 4 * b1 * b2
+    floor = frozen_step(shapes.d, shapes.h, tokens)
+    return StepCost(
+        floor.multiply_adds + tokens * (3 * by_a + 3 * by_b + remade),
+        floor.elements + tokens * (5 * shapes.h + 4 * shapes.d + 7 * made + for_gradient_of_a) + factors,
+    )
+
+
+def lora_step(d: int, h: int, r: int, tokens: int) -> StepCost:
+    """The step of a layer with LoRA as PEFT does it: two products, a scaling, and two sums as large as the layer's."""
+    floor = frozen_step(d, h, tokens)
+    return StepCost(
+        floor.multiply_adds + 3 * lora_multiply_adds(d, h, r, tokens),
+        floor.elements + tokens * (6 * h + 10 * d + 6 * r) + 3 * r * (d + h),
+    )
+
+
+def lokr_step(d: int, h: int, r: int | None, factor: int, tokens: int) -> StepCost:
+    """The step of a layer with LoKr as PEFT does it: ΔW is built, scaled, applied and differentiated at full size."""
+    w, floor = lokr_shapes(d, h, factor), frozen_step(d, h, tokens)
+    whole, inner = w.b1 * w.b2, 0 if _lokr_keeps_w2(w, r) else r or 0
+    build_w2 = 3 * (whole + inner * (w.b1 + w.b2)) if inner else 0
+    return StepCost(
+        floor.multiply_adds + 3 * inner * whole + 3 * tokens * d * h,
+        floor.elements + tokens * (6 * h + 6 * d) + 14 * d * h + 3 * (w.a1 * w.a2 + whole) + build_w2,
+    )
