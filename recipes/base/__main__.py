@@ -28,14 +28,12 @@ def folder_mb(folder: Path) -> float:
     return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 2)
 
 
-def spent(name: str, batch: int) -> dict[str, float]:
-    """Steps, minutes and pictures a second of a training stage, from its checkpoint."""
+def spent(name: str) -> dict[str, float]:
+    """Steps and minutes of a training stage, from its checkpoint."""
     state = load_checkpoint(art.CACHE / f"{name}.pt")
     if state is None:
         raise FileNotFoundError(f"run the {name} stage first")
-    steps, minutes = int(state["budget"]["step"]), float(state["budget"]["minutes"])
-    rate = round(steps * batch / minutes / 60, 1)
-    return {"steps": steps, "batch": batch, "minutes": round(minutes, 1), "images_per_second": rate}
+    return {"steps": int(state["budget"]["step"]), "minutes": round(float(state["budget"]["minutes"]), 1)}
 
 
 def make_judgement() -> None:
@@ -57,9 +55,9 @@ def make_judgement() -> None:
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in asked_parts.items()},
         "megabytes": {path.name: folder_mb(path) for path in (export.FOLDER, classifier.FOLDER)},
         "device": pick_device().type,
-        "vae": spent("vae", vae.BATCH) | {"l1": round(vae.reconstruction_error(vae.load()), 4)},
-        "unet_and_text": spent("unet", unet.BATCH),
-        "classifier": spent("classifier", classifier.BATCH) | classifier.accuracy(),
+        "vae": spent("vae") | {"l1": round(vae.reconstruction_error(vae.load()), 4)},
+        "unet_and_text": spent("unet"),
+        "classifier": spent("classifier") | classifier.accuracy(),
         "obedience": {"prompts": len(asked), "steps": judge.STEPS, "guidance": judge.GUIDANCE}
         | judge.obedience(Judge(classifier.FOLDER), pictures, asked),
     }
