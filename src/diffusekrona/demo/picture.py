@@ -27,7 +27,7 @@ def draw_picture(
     """
     columns = len(backgrounds)
     rounds = len(after) // columns
-    rows = [("the subject:\n5 pictures" if len(subject) == 5 else "the subject", list(subject)[:columns])]
+    rows = [(f"the subject:\n{len(subject)} pictures", list(subject)[:columns])]
     rows += [("the base model", list(before)[:columns])]
     rows += [("with KronA" if not i else "", list(after)[i * columns :][:columns]) for i in range(rounds)]
     figure = Figure(figsize=(1.25 * columns + 1.3, 1.32 * len(rows) + 0.4), layout="constrained")
@@ -37,7 +37,7 @@ def draw_picture(
             axis.set_axis_off()
             if column < len(images):
                 axis.imshow(images[column], interpolation="bicubic")
-            if row and column < len(images) and row <= 1:
+            if row == 1 and column < len(images):
                 axis.set_title(backgrounds[column], fontsize=9)
         axes[row][0].text(-0.12, 0.5, label, transform=axes[row][0].transAxes, ha="right", va="center", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
