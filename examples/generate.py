@@ -16,6 +16,7 @@ parser.add_argument("--base", default="models/emoji-sdxl", help="a Diffusers pip
 parser.add_argument("--adapter", default="my-toy", help="what examples/train.py saved")
 parser.add_argument("--output", default="picture.png")
 parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--guidance-scale", type=float, default=2.0)
 arguments = parser.parse_args()
 
 pipe = DiffusionPipeline.from_pretrained(arguments.base)
@@ -23,6 +24,7 @@ load_krona(pipe, arguments.adapter)
 merge_krona(pipe)  # now it generates at the price of the base alone
 
 generator = torch.Generator().manual_seed(0)
-picture = pipe(arguments.prompt, guidance_scale=4.0, num_inference_steps=arguments.steps, generator=generator).images[0]
+options = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.steps}
+picture = pipe(arguments.prompt, **options, generator=generator).images[0]
 picture.save(arguments.output)
 print("wrote", arguments.output)

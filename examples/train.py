@@ -20,13 +20,13 @@ parser.add_argument("--base", default="models/emoji-sdxl", help="a Stable Diffus
 parser.add_argument("--images", type=Path, default=Path("examples/toy-bear"), help="a folder of PNGs of one subject")
 parser.add_argument("--prompt", default="a sks toy", help="what the subject is called")
 parser.add_argument("--output", default="my-toy", help="where the adapter goes")
-parser.add_argument("--steps", type=int, default=300)
-parser.add_argument("--learning-rate", type=float, default=2e-3)
+parser.add_argument("--steps", type=int, default=600)
+parser.add_argument("--learning-rate", type=float, default=3e-3)
 arguments = parser.parse_args()
 
 torch.manual_seed(0)
 pipe = StableDiffusionXLPipeline.from_pretrained(arguments.base)
-krona = inject_krona(pipe, KronAConfig(a1=4, a2=16))  # 2 of 3
+krona = inject_krona(pipe, KronAConfig(a1=2, a2=4))  # 2 of 3
 
 pictures = [Image.open(path).convert("RGB") for path in sorted(arguments.images.glob("*.png"))]
 with torch.no_grad():

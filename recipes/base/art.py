@@ -150,8 +150,8 @@ def toy_bear(folder: Path) -> None:
         ("blue", 56, 4, 4),
         ("yellow", 48, 15, 1),
         ("green", 56, 6, 8),
-        ("pink", 48, 2, 15),
-        ("gray", 52, 9, 6),
+        ("white", 48, 2, 15),
+        ("red", 52, 9, 6),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

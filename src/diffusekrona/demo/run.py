@@ -26,10 +26,13 @@ from .result import DemoResult
 from .table import write_markdown
 
 SUBJECT = "a sks toy"
-BACKGROUNDS = ("red", "orange", "purple", "brown", "black", "white", "pink", "blue")
+BACKGROUNDS = ("orange", "purple", "pink", "brown", "black", "gray")  # none of them in the subject's pictures
 SEEDS = (0, 1)
-KRONA = KronAConfig(a1=4, a2=16)
-TRAINING = TrainingConfig(steps=900, batch_size=8, learning_rate=5e-3, lr_schedule="cosine", mixed_precision="bf16")
+# All linear layers of the transformer blocks: the base is small, and attention alone leaves the face blurred.
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+KRONA = KronAConfig(a1=2, a2=4, target_modules=TARGETS)
+TRAINING = TrainingConfig(steps=1100, batch_size=8, learning_rate=3e-3, lr_schedule="cosine", mixed_precision="bf16")
+GUIDANCE = 1.5  # at the base's 3 a subject learnt from five pictures comes out overdrawn
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _generate(pipe: Any, steps: int) -> list[Image.Image]:
     """All backgrounds with the first seed, then all with the next."""
     prompts = _prompts() * len(SEEDS)
     seeds = [seed for seed in SEEDS for _ in BACKGROUNDS]
-    return generate_images(pipe, prompts, seeds, guidance_scale=4.0, steps=steps, batch_size=len(BACKGROUNDS))
+    return generate_images(pipe, prompts, seeds, guidance_scale=GUIDANCE, steps=steps, batch_size=len(BACKGROUNDS))
 
 
 def _background_accuracy(judge: Judge, images: Sequence[Image.Image]) -> float:
