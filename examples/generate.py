@@ -19,7 +19,7 @@ parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--guidance-scale", type=float, default=2.0)
 arguments = parser.parse_args()
 
-pipe = DiffusionPipeline.from_pretrained(arguments.base)
+pipe = DiffusionPipeline.from_pretrained(arguments.base, dtype=torch.float32)
 load_krona(pipe, arguments.adapter)
 merge_krona(pipe)  # now it generates at the price of the base alone
 

@@ -25,7 +25,7 @@ parser.add_argument("--learning-rate", type=float, default=3e-3)
 arguments = parser.parse_args()
 
 torch.manual_seed(0)
-pipe = StableDiffusionXLPipeline.from_pretrained(arguments.base)
+pipe = StableDiffusionXLPipeline.from_pretrained(arguments.base, dtype=torch.float32)
 krona = inject_krona(pipe, KronAConfig(a1=2, a2=4))  # 2 of 3
 
 pictures = [Image.open(path).convert("RGB") for path in sorted(arguments.images.glob("*.png"))]

@@ -52,14 +52,14 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
             "Give the folder that pipe.save_pretrained(folder) wrote."
         )
     try:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise BaseModelError(f"The pipeline in {folder} cannot be loaded: {error}") from error
 
 
 def _from_hub(name: str, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except HFValidationError as error:
         raise BaseModelError(
             f"There is no base model {name!r}: no folder {folder}, and it cannot be the id of a model on the "

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..base import load_base
 from ..config import KronAConfig
 from ..errors import KronAError
 from ..evaluation.judge import Judge
@@ -127,7 +127,7 @@ def run_demo(
 
 
 def _fresh_pipeline(base: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipe = load_base(base)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
