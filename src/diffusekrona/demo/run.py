@@ -28,7 +28,7 @@ from .table import write_markdown
 SUBJECT = "a sks toy"
 BACKGROUNDS = ("orange", "purple", "pink", "brown", "black", "gray")  # none of them in the subject's pictures
 SEEDS = (0, 1)
-# All linear layers of the transformer blocks: the base is small, and attention alone leaves the face blurred.
+# All linear layers of the transformer blocks: on this small base, attention alone blurs the face and the backgrounds.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 KRONA = KronAConfig(a1=2, a2=4, target_modules=TARGETS)
 TRAINING = TrainingConfig(steps=1100, batch_size=8, learning_rate=3e-3, lr_schedule="cosine", mixed_precision="bf16")
