@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from . import prediction
 from .measuring import Shape, median_ratio, steps, timed_in_turns
 from .methods import METHODS
 
@@ -125,7 +126,11 @@ def main() -> None:
         groups[model] = [measure(shape, max(3, rounds // 3) if model == "FLUX-like" else rounds) for shape in shapes]
         lines += ["", f"## {model}", "", *mix_table(groups[model]), "", *shape_table(groups[model])]
         print("\n".join(lines[-len(METHODS) * 2 - 9 :]), flush=True)
+    found = {Shape(**f["shape"]): f["ratio"] for measured in groups.values() for f in measured}
+    balance = prediction.fitted_balance(found)
+    lines += ["", "## What counting predicts", "", *prediction.table(found, balance)]
     RESULTS.mkdir(exist_ok=True)
+    prediction.draw(found, balance, RESULTS / "prediction.png")
     (RESULTS / "speed.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (RESULTS / "speed.json").write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
     draw(groups, RESULTS / "speed.png")
