@@ -1,6 +1,6 @@
 """Random factors and inputs in any layout, what a function makes of them, and how large its tensors get."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from hypothesis import strategies as st
@@ -47,6 +47,35 @@ def outputs_and_gradients(
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, output_gradient.to(y.dtype))]
+
+
+def laid_out(function: Callable[..., Tensor], layout: Sequence[Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
+    """The function of the same values, each laid out in memory in its own way."""
+    return lambda *leaves: function(*(lay(leaf) for lay, leaf in zip(layout, leaves, strict=True)))
+
+
+def assert_all_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def assert_only_wanted_gradients(
+    function: Callable[..., Tensor],
+    inputs: list[Tensor],
+    output_gradient: Tensor,
+    wanted: Sequence[int],
+    expected: list[Tensor],
+) -> None:
+    """The inputs marked in `wanted` get their expected gradient, the others none."""
+    leaves = [t.requires_grad_(bool(flag)) for t, flag in zip(inputs, wanted, strict=True)]
+    y = function(*leaves)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.backward(output_gradient)
+    for leaf, gradient, flag in zip(leaves, expected, wanted, strict=True):
+        assert (leaf.grad is not None) == bool(flag)
+        if flag:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 def random_inputs(

@@ -10,7 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusekrona import kron_linear
 from diffusekrona.factors import FactorShapes, krona_multiply_adds
 from diffusekrona.ops import kron_linear_a_first, kron_linear_b_first, kron_rows
-from tests.tensors import LargestTensor, layouts, leading, outputs_and_gradients, random_inputs, shapes_of_factors
+from tests.tensors import (
+    LargestTensor,
+    assert_all_close,
+    assert_only_wanted_gradients,
+    laid_out,
+    layouts,
+    leading,
+    outputs_and_gradients,
+    random_inputs,
+    shapes_of_factors,
+)
 
 PRODUCTS = [kron_linear, kron_linear_a_first, kron_linear_b_first]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,15 +44,10 @@ def reference(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 )
 def test_value_and_every_gradient_equal_the_dense_product_in_any_layout(product, shapes, lead, layout, seed):
     inputs, output_gradient = random_inputs(shapes, lead, seed)
-
-    def laid_out(function):
-        return lambda *leaves: function(*(lay(leaf) for lay, leaf in zip(layout, leaves, strict=True)))
-
-    found = outputs_and_gradients(laid_out(product), inputs, output_gradient)
-    expected = outputs_and_gradients(laid_out(reference), inputs, output_gradient)
+    found = outputs_and_gradients(laid_out(product, layout), inputs, output_gradient)
+    expected = outputs_and_gradients(laid_out(reference, layout), inputs, output_gradient)
     assert found[0].shape == (*lead, shapes.d)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_all_close(found, expected)
 
 
 @every_product
@@ -77,15 +82,7 @@ def test_gradients_pass_gradcheck_twice(product):
 def test_only_the_inputs_that_ask_for_a_gradient_get_one(product, wanted):
     inputs, output_gradient = random_inputs(FactorShapes(2, 3, 5, 2), (4,), seed=1)
     expected = outputs_and_gradients(reference, inputs, output_gradient)[1:]
-    leaves = [t.requires_grad_(bool(flag)) for t, flag in zip(inputs, wanted, strict=True)]
-    y = product(*leaves)
-    assert y.requires_grad == any(wanted)
-    if any(wanted):
-        y.backward(output_gradient)
-    for leaf, gradient, flag in zip(leaves, expected, wanted, strict=True):
-        assert (leaf.grad is not None) == bool(flag)
-        if flag:
-            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-12)
+    assert_only_wanted_gradients(product, inputs, output_gradient, wanted, expected)
 
 
 @every_product
