@@ -290,13 +290,36 @@ def test_a_first_wins_where_the_paper_puts_the_smaller_factor_first():
 @example(FactorShapes(2, 8, 9, 2), 5).via("A first")
 @example(FactorShapes(8, 2, 2, 9), 5).via("B first")
 @example(FactorShapes(9, 9, 2, 2), 5).via("the products of the gradient of A are larger than what they are made of")
+@example(FactorShapes(2, 8, 9, 2), 50).via("A first, into a merged weight")
+@example(FactorShapes(8, 2, 2, 9), 50).via("B first, into a merged weight")
 def test_a_step_with_krona_takes_what_is_counted(shapes, tokens):
     d, h = shapes.d, shapes.h
     base = nn.Linear(h, d, bias=False).requires_grad_(False)
     assert factors.frozen_step(d, h, tokens) == counted_step(base, d, h, tokens)
     layer = KronALayer(base)
     layer.update_layer("default", shapes.a1, shapes.a2)
-    assert factors.krona_step(shapes, tokens) == counted_step(layer, d, h, tokens)
+    merged = factors.merging_pays(shapes, tokens)
+    predicted, counted = factors.krona_step(shapes, tokens, merged=merged), counted_step(layer, d, h, tokens)
+    assert predicted.multiply_adds == counted.multiply_adds
+    assert counted.elements - predicted.elements in (0, 2 * shapes.b1 * shapes.b2)  # B is copied where it is narrow
+
+
+@few
+@given(legal_layers(40), st.integers(1, 200))
+def test_merging_pays_where_it_saves_more_than_writing_the_sum_twice_to_new_memory(shapes, tokens):
+    apart, merged = (
+        factors.krona_step(shapes, tokens, merged=merged).time(factors.BALANCE) for merged in (False, True)
+    )
+    assert factors.merging_pays(shapes, tokens) == (apart - merged > 2 * factors.BALANCE * shapes.d * shapes.h)
+
+
+def test_merging_pays_for_many_tokens_and_small_layers_only():
+    def pays(width: int, tokens: int) -> bool:
+        return factors.merging_pays(factor_shapes(width, width, 4, 64), tokens)
+
+    assert pays(640, 4096)
+    assert not pays(640, 77)
+    assert not pays(4096, 10**6)
 
 
 @few

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import KronALayer
-from diffusekrona.factors import FactorShapes, krona_multiply_adds
+from diffusekrona.factors import FactorShapes, cheapest_order, krona_multiply_adds
 from diffusekrona.fused import can_fuse, linear_with_kron
 from tests.tensors import (
     LargestTensor,
@@ -28,6 +29,7 @@ from tests.tensors import (
 )
 
 many = settings(deadline=None, max_examples=80)
+tokens = leading | st.just((2, 80))  # so many that merging pays
 A_FIRST, B_FIRST = FactorShapes(2, 6, 5, 3), FactorShapes(6, 2, 3, 5)
 
 
@@ -53,7 +55,7 @@ def frozen(function, shapes: FactorShapes, bias: bool, dtype=torch.float64):
 @many
 @given(
     shapes=shapes_of_factors,
-    lead=leading,
+    lead=tokens,
     bias=st.booleans(),
     second=st.booleans(),
     layout=st.tuples(layouts, layouts, layouts),
@@ -73,7 +75,7 @@ def test_value_and_every_gradient_equal_the_dense_product_in_any_layout(shapes, 
 
 
 @many
-@given(shapes=shapes_of_factors, lead=leading, layout=layouts, seed=st.integers(0, 2**31))
+@given(shapes=shapes_of_factors, lead=tokens, layout=layouts, seed=st.integers(0, 2**31))
 def test_an_output_gradient_of_any_layout_is_taken(shapes, lead, layout, seed):
     inputs, output_gradient = random_inputs(shapes, lead, seed)
     found = outputs_and_gradients(frozen(fused, shapes, False), inputs, layout(output_gradient))
@@ -82,7 +84,7 @@ def test_an_output_gradient_of_any_layout_is_taken(shapes, lead, layout, seed):
 
 
 @many
-@given(shapes=shapes_of_factors, lead=leading, seed=st.integers(0, 2**31))
+@given(shapes=shapes_of_factors, lead=tokens, seed=st.integers(0, 2**31))
 @pytest.mark.parametrize("factor_dtype", ["x's", torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_stays_within_the_bound_of_the_dtype(dtype, factor_dtype, shapes, lead, seed):
@@ -108,36 +110,39 @@ def test_rounding_stays_within_the_bound_of_the_dtype(dtype, factor_dtype, shape
 
 
 @pytest.mark.parametrize("shapes", [A_FIRST, B_FIRST])
-def test_gradients_pass_gradcheck_twice(shapes):
-    inputs, _ = random_inputs(shapes, (2,), seed=0)
+@pytest.mark.parametrize("tokens", [2, 24])
+def test_gradients_pass_gradcheck_twice(shapes, tokens):
+    inputs, _ = random_inputs(shapes, (tokens,), seed=0)
     leaves = tuple(t.requires_grad_() for t in inputs)
     assert torch.autograd.gradcheck(frozen(fused, shapes, True), leaves)
     assert torch.autograd.gradgradcheck(frozen(fused, shapes, True), leaves)
 
 
 @pytest.mark.parametrize("shapes", [A_FIRST, B_FIRST])
+@pytest.mark.parametrize("tokens", [4, 80])
 @pytest.mark.parametrize("wanted", [(i & 1, i & 2, i & 4) for i in range(8)])
-def test_only_the_inputs_that_ask_for_a_gradient_get_one(shapes, wanted):
-    inputs, output_gradient = random_inputs(shapes, (4,), seed=1)
+def test_only_the_inputs_that_ask_for_a_gradient_get_one(shapes, tokens, wanted):
+    inputs, output_gradient = random_inputs(shapes, (tokens,), seed=1)
     expected = outputs_and_gradients(frozen(reference, shapes, False), inputs, output_gradient)[1:]
     assert_only_wanted_gradients(frozen(fused, shapes, False), inputs, output_gradient, wanted, expected)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "adapter_products"),
-    [("xAB", 5), ("AB", 5), ("xA", 3), ("xB", 4), ("x", 2), ("A", 3), ("B", 3)],
+    ("wanted", "a_first", "b_first"),
+    [("xAB", 5, 5), ("AB", 5, 5), ("xA", 3, 4), ("xB", 4, 3), ("x", 2, 2), ("A", 3, 3), ("B", 3, 3)],
 )
-@pytest.mark.parametrize("shapes", [FactorShapes(4, 4, 4, 4)])
-def test_no_product_is_computed_that_nobody_asks_for(shapes, wanted, adapter_products):
-    """All products of an adapter with square sides cost alike. The counter misses those that add in place."""
-    (x, A, B), output_gradient = random_inputs(shapes, (8,), seed=1)
+@pytest.mark.parametrize("shapes", [FactorShapes(4, 4, 4, 4), FactorShapes(4, 2, 2, 4)])
+def test_no_product_is_computed_that_nobody_asks_for(shapes, wanted, a_first, b_first):
+    """With these shapes both products of an adapter cost alike. The counter misses those that add in place."""
+    (x, A, B), output_gradient = random_inputs(shapes, (2,), seed=1)
     for tensor, name in ((x, "x"), (A, "A"), (B, "B")):
         tensor.requires_grad_(name in wanted)
     with FlopCounterMode(display=False) as counter:
         frozen(fused, shapes, False)(x, A, B).backward(output_gradient)
-    base = 8 * shapes.d * shapes.h * (2 if "x" in wanted else 1)
-    half = krona_multiply_adds(shapes, "A first", tokens=8) // 2
-    assert counter.get_total_flops() == 2 * (base + half * adapter_products)
+    base = 2 * shapes.d * shapes.h * (2 if "x" in wanted else 1)
+    order = cheapest_order(shapes)
+    half = krona_multiply_adds(shapes, order, tokens=2) // 2
+    assert counter.get_total_flops() == 2 * (base + half * (a_first if order == "A first" else b_first))
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -163,6 +168,36 @@ def test_neither_direction_ever_builds_the_dense_product(shapes):
     with LargestTensor(apart_from=weight) as largest:
         outputs_and_gradients(lambda x, A, B: fused(x, weight, None, A, B), inputs, output_gradient)
     assert 0 < largest.elements < shapes.d * shapes.h
+
+
+def merges(dtype: torch.dtype = torch.float32, tokens: int = 100) -> bool:
+    """Whether a sum as large as the weight is made for an output of so many tokens."""
+    shapes = FactorShapes(4, 4, 8, 8)
+    inputs, _ = random_inputs(shapes, (tokens,), seed=6, dtype=dtype)
+    weight = torch.zeros(shapes.d, shapes.h, dtype=dtype)
+    made: list[torch.Size] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.append(result.shape)
+            return result
+
+    with Sizes():
+        fused(inputs[0], weight, None, *inputs[1:])
+    return torch.Size([4, 8, 4, 8]) in made
+
+
+def test_the_weight_and_its_update_are_summed_only_for_many_tokens_in_full_precision():
+    assert merges()
+    assert merges(torch.float64)
+    assert not merges(tokens=3)
+    assert not merges(torch.bfloat16)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not merges()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def saved_for_backward(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -193,8 +228,9 @@ def ran_fused(y: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("shapes", [A_FIRST, B_FIRST])
-def test_a_layer_keeps_its_input_alone(shapes):
-    x = torch.randn(7, shapes.h, requires_grad=True)
+@pytest.mark.parametrize("tokens", [7, 80])
+def test_a_layer_keeps_its_input_alone(shapes, tokens):
+    x = torch.randn(tokens, shapes.h, requires_grad=True)
     layer = krona_layer(shapes)
     assert [t.data_ptr() for t in saved_for_backward(layer, x)] == [x.data_ptr()]
     layer.krona_A.requires_grad_(False)
@@ -275,8 +311,9 @@ def test_a_base_layer_in_training_gets_its_gradients(part):
 
 
 @pytest.mark.parametrize("shapes", [FactorShapes(2, 4, 12, 6), FactorShapes(8, 8, 16, 16), FactorShapes(4, 2, 6, 12)])
-def test_what_asks_for_a_gradient_does_not_change_a_bit_of_the_output(shapes):
-    layer, x = krona_layer(shapes), torch.randn(2, 7, shapes.h)
+@pytest.mark.parametrize("tokens", [7, 200])
+def test_what_asks_for_a_gradient_does_not_change_a_bit_of_the_output(shapes, tokens):
+    layer, x = krona_layer(shapes), torch.randn(2, tokens, shapes.h)
     with torch.no_grad():
         expected = layer(x)
     assert torch.equal(layer(x), expected)

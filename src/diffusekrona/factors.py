@@ -13,6 +13,12 @@ from .errors import FactorShapeError
 
 Order = Literal["A first", "B first"]
 
+BALANCE = 30.0
+"""Multiply-adds that a CPU does while it moves one tensor element; `benchmarks/speed.py` fits it to measurements."""
+
+LARGEST_MERGED = 1 << 22
+"""Entries of the largest W + A ⊗ B that a training step builds: 16 MiB in fp32, what a CPU's caches hold."""
+
 
 class FactorShapes(NamedTuple):
     """The shapes of both factors of one layer: A is a1 × a2, B is b1 × b2."""
@@ -207,23 +213,61 @@ def frozen_step(d: int, h: int, tokens: int) -> StepCost:
     return StepCost(2 * tokens * d * h, 2 * tokens * (d + h) + 2 * d * h)
 
 
-def krona_step(shapes: FactorShapes, tokens: int, order: Order | None = None) -> StepCost:
+def krona_step(shapes: FactorShapes, tokens: int, order: Order | None = None, merged: bool = False) -> StepCost:
     """The step of a layer with KronA as `fused.linear_with_kron` does it, in the cheaper order unless told otherwise.
 
-    The order's intermediate is made twice, since it is not kept for the backward pass.
+    The order's intermediate is made twice, since it is not kept for the backward pass. With `merged`, the output and
+    the input's gradient come from W + A ⊗ B, which is built for either of them, and only the factors' gradients from
+    products with the factors. Copies of a factor are not counted.
     """
+    order = order or cheapest_order(shapes)
     a1, a2, b1, b2 = shapes
-    a_first = (order or cheapest_order(shapes)) == "A first"
-    by_a, by_b = (a1 * a2 * b2, a1 * b1 * b2) if a_first else (a1 * a2 * b1, a2 * b1 * b2)
-    made, shared = (a1 * b2, b2) if a_first else (a2 * b1, b1)
-    remade = by_a if a_first else by_b
-    for_gradient_of_a = 2 * min(a1 * a2, (a1 + a2) * shared)
-    factors = 4 * a1 * a2 + 3 * b1 * b2 if a_first else 3 * a1 * a2 + 4 * b1 * b2
+    first, second, made = _products(shapes, order)
+    for_gradient_of_a = 2 * min(a1 * a2, (a1 + a2) * (b2 if order == "A first" else b1))
+    for_gradient_of_b = 2 * a1 * b1 * b2 if order == "A first" else 0
     floor = frozen_step(shapes.d, shapes.h, tokens)
-    return StepCost(
-        floor.multiply_adds + tokens * (3 * by_a + 3 * by_b + remade),
-        floor.elements + tokens * (5 * shapes.h + 4 * shapes.d + 7 * made + for_gradient_of_a) + factors,
+    gradients = StepCost(
+        2 * tokens * (first + second),
+        tokens * (2 * shapes.h + 2 * shapes.d + 4 * made + for_gradient_of_a)
+        + 2 * (a1 * a2 + b1 * b2)
+        + for_gradient_of_b,
     )
+    output = _merged_output(shapes) if merged else _added_output(shapes, tokens, order)
+    return StepCost(*map(sum, zip(floor, gradients, output, strict=True)))
+
+
+def merging_pays(shapes: FactorShapes, tokens: int) -> bool:
+    """Whether a step on a CPU is cheaper with W + A ⊗ B built in full precision than with products added to W's.
+
+    That is where the tokens are many for the layer's size. Memory that is written for the first time counts twice,
+    and the sum must fit into a cache.
+    """
+    size = shapes.d * shapes.h
+    added, merged = _added_output(shapes, tokens, cheapest_order(shapes)), _merged_output(shapes)
+    return size <= LARGEST_MERGED and added.time(BALANCE) > merged.time(BALANCE) + BALANCE * 2 * size
+
+
+def _products(shapes: FactorShapes, order: Order) -> tuple[int, int, int]:
+    """Of (A ⊗ B)x for one token: multiply-adds of its first and second product, and the size of what is between."""
+    a1, a2, b1, b2 = shapes
+    if order == "A first":
+        return a1 * a2 * b2, a1 * b1 * b2, a1 * b2
+    return a2 * b1 * b2, a1 * a2 * b1, a2 * b1
+
+
+def _added_output(shapes: FactorShapes, tokens: int, order: Order) -> StepCost:
+    """What adding the update's parts to the output and to the input's gradient takes."""
+    first, second, made = _products(shapes, order)
+    a, b = shapes.a1 * shapes.a2, shapes.b1 * shapes.b2
+    return StepCost(
+        tokens * (2 * first + second),
+        tokens * (3 * shapes.h + 2 * shapes.d + 3 * made) + (2 * a + b if order == "A first" else a + 2 * b),
+    )
+
+
+def _merged_output(shapes: FactorShapes) -> StepCost:
+    """What building W + A ⊗ B takes, once for the output and once for the input's gradient."""
+    return StepCost(0, 2 * (2 * shapes.d * shapes.h + shapes.a1 * shapes.a2 + shapes.b1 * shapes.b2))
 
 
 def lora_step(d: int, h: int, r: int, tokens: int) -> StepCost:

@@ -3,7 +3,8 @@
 `functional.linear(x, W, bias) + Σ s · kron_linear(x, A, B)` is the reference that this is tested against. Doing it in
 one step saves passes over memory: the adapters' parts are added in place to the base's output and to the base's
 input gradient, and what is kept for the backward pass is x alone, which the caller holds anyway. The small
-intermediates are computed anew there.
+intermediates are computed anew there. On a CPU, where the tokens are many for the layer's size, even adding in place
+costs more than building W + Σ A ⊗ B for the moment of one product; so there it is built, and never kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as modules
 
-from .factors import FactorShapes, cheapest_order
+from .factors import FactorShapes, cheapest_order, merging_pays
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
@@ -82,9 +83,11 @@ def linear_with_kron(
 
 
 def _linear_with_kron(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-    x = x.contiguous()
+    x, pairs = x.contiguous(), _pairs(factors, x.dtype)
+    if _merges(weight, pairs, _rows(x)):
+        return functional.linear(x, _merged(weight, pairs), bias)
     y = functional.linear(x, weight, bias)
-    for A, B in _pairs(factors, x.dtype):
+    for A, B in pairs:
         add = _add_a_first if _a_first(A, B) else _add_b_first
         add(y, x, A, B)
     return y
@@ -94,30 +97,29 @@ class LinearWithKron(torch.autograd.Function):
     """`linear_with_kron` for autograd, with the factors of all adapters in a row: A, B, A, B, …."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        """Compute y."""
-        return _linear_with_kron(x, weight, bias, *factors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep x, and references to the parameters, as far as a gradient will need them."""
-        x, weight, _, *factors = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        """Compute y; keep x, and references to the parameters, as far as a gradient will need them."""
+        # Not in setup_context, for which PyTorch inspects this signature in every call.
         wants_x, _, _, *wants_factors = ctx.needs_input_grad
         ctx.save_for_backward(x if any(wants_factors) else None, weight if wants_x else None, *factors)
+        return _linear_with_kron(x, weight, bias, *factors)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Only the gradients that are asked for."""
         x, weight, *factors = ctx.saved_tensors
-        x, gy = None if x is None else x.contiguous(), gy.contiguous()
-        gx = None if weight is None else gy @ weight
+        x, gy, pairs = None if x is None else x.contiguous(), gy.contiguous(), _pairs(factors, gy.dtype)
+        gx = added_to = None
+        if weight is not None:
+            merges = _merges(weight, pairs, _rows(gy))
+            gx = gy @ (_merged(weight, pairs) if merges else weight)
+            added_to = None if merges else gx
         gradients: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[3:]
-        for number, (A, B) in enumerate(_pairs(factors, gy.dtype)):
+        for number, (A, B) in enumerate(pairs):
             go_back = _backward_a_first if _a_first(A, B) else _backward_b_first
-            gradients += go_back(gy, gx, x, A, B, *wanted[2 * number : 2 * number + 2])
-        typed = (None if g is None else g.to(factor.dtype) for g, factor in zip(gradients, factors, strict=True))
-        return gx, None, None, *typed
+            gradients += go_back(gy, added_to, x, A, B, *wanted[2 * number : 2 * number + 2])
+        return gx, None, None, *gradients  # autograd casts them to the factors' dtypes
 
 
 def _pairs(factors: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -125,8 +127,34 @@ def _pairs(factors: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, 
     return list(zip(cast[::2], cast[1::2], strict=True))
 
 
+def _shapes(A: Tensor, B: Tensor) -> FactorShapes:
+    return FactorShapes(A.shape[0], A.shape[1], B.shape[0], B.shape[1])
+
+
 def _a_first(A: Tensor, B: Tensor) -> bool:
-    return cheapest_order(FactorShapes(A.shape[0], A.shape[1], B.shape[0], B.shape[1])) == "A first"
+    return cheapest_order(_shapes(A, B)) == "A first"
+
+
+def _merges(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
+    """Whether W + Σ A ⊗ B is built, for as long as one product takes.
+
+    Never in half precision, nor where products may round to it: there the sum would lose the bits of the update.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and weight.is_cpu
+        and weight.dtype in (torch.float32, torch.float64)
+        and torch.get_float32_matmul_precision() == "highest"
+        and all(merging_pays(_shapes(A, B), tokens) for A, B in pairs)
+    )
+
+
+def _merged(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    merged = weight
+    for A, B in pairs:
+        (a1, a2), (b1, b2) = A.shape, B.shape
+        merged = torch.addcmul(merged.reshape(a1, b1, a2, b2), A[:, None, :, None], B[:, None, :]).view(weight.shape)
+    return merged
 
 
 # In the names below n is the number of inputs, X is x as n × a2 × b2 and Y is y as n × a1 × b1. Products with A are
@@ -146,14 +174,14 @@ def _backward_a_first(
     (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(gy)
     GY, gA, gB = gy.view(n * a1, b1), None, None
     if want_a or gx is not None:
-        gAX = (GY @ B).view(n, a1, b2)
+        gAX = _narrow_product(GY, B).view(n, a1, b2)
         if want_a and x is not None:
             gA = _sum_of_products(gAX, x.view(n, a2, b2))
         if gx is not None:
             gx.view(n, a2, b2).baddbmm_(A.T.expand(n, -1, -1), gAX)
     if want_b and x is not None:
         AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
-        gB = (AX.view(n * a1, b2).T @ GY).T  # faster than GYᵀ(AX), b2 being the short side
+        gB = torch.bmm(AX.permute(1, 2, 0), gy.view(n, a1, b1).transpose(0, 1)).sum(0).T
     return gA, gB
 
 
@@ -179,6 +207,11 @@ def _backward_b_first(
         XB = (x.view(n * a2, b2) @ B.T).view(n, a2, b1)
         gA = _sum_of_products(GY, XB)
     return gA, gB
+
+
+def _narrow_product(P: Tensor, Q: Tensor) -> Tensor:
+    """PQ. CPUs multiply by a matrix of fewer columns than a vector register takes faster if it lies in columns."""
+    return functional.linear(P, Q.T.contiguous()) if Q.shape[1] < 16 else P @ Q
 
 
 def _sum_of_products(P: Tensor, Q: Tensor) -> Tensor:
