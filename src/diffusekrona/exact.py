@@ -22,7 +22,7 @@ Term = tuple[Tensor, Tensor]
 
 MERGEABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CHUNK_ENTRIES = 1 << 20
+_CHUNK_ENTRIES = 1 << 19
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,14 +57,15 @@ def check_mergeable(weight: Tensor, terms: list[Term]) -> None:
     """Raise `MergeError` if weight + Σ A ⊗ B, rounded to the weight's dtype, holds an infinity or a NaN."""
     if not weight.numel():
         return
-    bound = weight.abs().amax().to(arithmetic_dtype(weight.dtype))
+    lowest, highest = weight.aminmax()
+    bound = torch.maximum(-lowest, highest).to(arithmetic_dtype(weight.dtype))
     for A, B in terms:
         bound = bound + A.abs().amax() * B.abs().amax()
     # Half of the range leaves room for the roundings; a NaN fails the comparison.
     if bool(bound < torch.finfo(weight.dtype).max / 2):
         return
-    for start, stop in _row_chunks(weight):
-        if not bool(torch.isfinite(_merged_rows(weight, terms, start, stop)).all()):
+    for rows, delta, space in _chunks(weight, terms):
+        if not bool(torch.isfinite(torch.add(rows, delta, out=space).to(weight.dtype)).all()):
             raise MergeError("the merged weight would hold an infinity or a NaN")
 
 
@@ -76,56 +77,49 @@ def merge_(weight: Tensor, terms: list[Term]) -> Restoration:
         terms: (s·A, B) pairs with a1·b1 = d and a2·b2 = h, in `arithmetic_dtype(weight.dtype)`.
     """
     chunks = []
-    for start, stop in _row_chunks(weight):
-        rows = weight[start:stop]
-        merged = _merged_rows(weight, terms, start, stop)
-        chunks.append(_unrestored(rows, _subtracted(merged, terms, start)))
+    for rows, delta, space in _chunks(weight, terms):
+        merged = torch.add(rows, delta, out=space).to(weight.dtype)
+        restored = torch.sub(merged, delta, out=delta).to(weight.dtype)
+        chunks.append(_unrestored(rows, restored))
         rows.copy_(merged)
     return Restoration(weight.dtype, chunks)
 
 
 def unmerge_(weight: Tensor, terms: list[Term], restoration: Restoration) -> None:
     """Give back, bit for bit, the weight that `merge_(weight, terms)` changed; its dtype must still be the same."""
-    for (start, stop), (indices, values) in zip(_row_chunks(weight), restoration.chunks, strict=True):
+    for (rows, delta, _), (indices, values) in zip(_chunks(weight, terms), restoration.chunks, strict=True):
         values = values.to(weight.device)
         if indices is None:
-            weight[start:stop] = values
+            rows.copy_(values)
             continue
-        restored = _subtracted(weight[start:stop], terms, start)
-        restored.view(-1)[indices.to(weight.device, torch.int64)] = values
-        weight[start:stop] = restored
+        rows.sub_(delta)
+        rows.put_(indices.to(weight.device, torch.int64), values)
 
 
-def _row_chunks(weight: Tensor) -> Iterator[tuple[int, int]]:
+def _chunks(weight: Tensor, terms: list[Term]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some rows of the weight at a time, Σ A ⊗ B of these rows, and space for arithmetic on them.
+
+    All chunks share the same memory for the latter two: writing to fresh memory costs more than the arithmetic.
+    """
     d, h = weight.shape
     step = max(1, _CHUNK_ENTRIES // max(1, h))
-    return ((start, min(start + step, d)) for start in range(0, d, step))
-
-
-def _delta_rows(terms: list[Term], start: int, stop: int, device: torch.device) -> Tensor:
-    total: Tensor | None = None
-    for A, B in terms:
-        rows = kron_rows(A.to(device), B.to(device), start, stop)
-        total = rows if total is None else total.add_(rows)
-    assert total is not None, "a merge has at least one term"
-    return total
-
-
-def _merged_rows(weight: Tensor, terms: list[Term], start: int, stop: int) -> Tensor:
-    return _delta_rows(terms, start, stop, weight.device).add_(weight[start:stop]).to(weight.dtype)
-
-
-def _subtracted(merged: Tensor, terms: list[Term], start: int) -> Tensor:
-    delta = _delta_rows(terms, start, start + merged.shape[0], merged.device)
-    return torch.sub(merged, delta).to(merged.dtype).contiguous()
+    terms = [(A.to(weight.device), B.to(weight.device)) for A, B in terms]
+    sums, spaces = weight.new_empty((2, min(step, d), h), dtype=arithmetic_dtype(weight.dtype))
+    for start in range(0, d, step):
+        rows = weight[start : start + step]
+        delta, space = sums[: len(rows)], spaces[: len(rows)]
+        for number, (A, B) in enumerate(terms):
+            kron_rows(A, B, start, start + len(rows), out=space if number else delta)
+            if number:
+                delta.add_(space)
+        yield rows, delta, space
 
 
 def _unrestored(original: Tensor, restored: Tensor) -> tuple[Tensor | None, Tensor]:
-    original = original.contiguous()
     # Compared as integers: zeros have two signs, and every bit counts.
     bits = _BITS[original.element_size()]
-    indices = (original.view(bits) != restored.view(bits)).view(-1).nonzero().view(-1).to(torch.int32)
-    values = original.view(-1)[indices]
-    if indices.nbytes + values.nbytes < original.nbytes:
-        return indices, values
+    indices = (original.view(bits) != restored.view(bits)).flatten().nonzero().squeeze(-1)
+    entry = 4 + original.element_size()  # indices within a chunk fit into four bytes
+    if len(indices) * entry < original.nbytes:
+        return indices.to(torch.int32), original.take(indices)
     return None, original.clone()

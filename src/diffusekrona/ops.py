@@ -45,13 +45,14 @@ def kron_linear_b_first(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.matmul(A, functional.linear(X, B)).flatten(-2)
 
 
-def kron_rows(A: Tensor, B: Tensor, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of A ⊗ B, (stop - start) × a2·b2.
+def kron_rows(A: Tensor, B: Tensor, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+    """Rows `start` to `stop` of A ⊗ B, (stop - start) × a2·b2, written to `out` if given.
 
     Each entry is one product of two floats, so the result has the same bits on every device and in every chunking.
     """
     row = torch.arange(start, stop, device=A.device)
-    blocks = A[row // B.shape[0]].unsqueeze(-1) * B[row % B.shape[0]].unsqueeze(-2)
+    of_a, of_b = A[row // B.shape[0]].unsqueeze(-1), B[row % B.shape[0]].unsqueeze(-2)
+    blocks = of_a * of_b if out is None else torch.mul(of_a, of_b, out=out.unflatten(-1, (A.shape[1], B.shape[1])))
     return blocks.flatten(-2)
 
 
