@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusekrona import KronAConfig, KronALayer, KronAReport, inject_krona, krona_report
 from diffusekrona.errors import AdapterNameError, KronAError
-from diffusekrona.factors import cheapest_order, krona_multiply_adds
+from diffusekrona.factors import frozen_step, krona_step, lokr_step, lora_step, merging_pays
 from diffusekrona.injected import krona_layers
 from diffusekrona.report import LORA_RANK
 
@@ -77,10 +77,34 @@ def test_each_layer_is_there_once_with_its_name_shapes_parameters_and_cost():
         found = report[name]
         assert found.shapes == (*A.shape, *B.shape)
         assert found.parameters == A.numel() + B.numel()
-        costs = [krona_multiply_adds(found.shapes, order) for order in ("A first", "B first")]
-        assert found.multiply_adds == min(costs)
-        assert found.multiply_adds == krona_multiply_adds(found.shapes, cheapest_order(found.shapes))
-        assert found.lora_multiply_adds == LORA_RANK * (layer.in_features + layer.out_features)
+        d, h = layer.out_features, layer.in_features
+        assert found.step_costs(50) == {
+            "frozen": frozen_step(d, h, 50),
+            "KronA": krona_step(found.shapes, 50, merged=merging_pays(found.shapes, 50)),
+            "LoRA r=4": lora_step(d, h, 4, 50),
+            "LoKr factor 8": lokr_step(d, h, None, 8, 50),
+        }
+
+
+def test_predicted_steps_are_the_times_of_all_layers_over_the_frozen_ones():
+    report = krona_report(attention())
+    costs = [layer.step_costs(77) for layer in report.layers]
+    floor = sum(cost["frozen"].time(12) for cost in costs)
+    expected = {name: sum(cost[name].time(12) for cost in costs) / floor for name in costs[0] if name != "frozen"}
+    assert report.predicted_steps(77, balance=12) == pytest.approx(expected)
+    assert expected["KronA"] > 1
+
+
+def test_the_table_gives_the_predicted_step_of_each_kind_of_layer_and_of_all():
+    report = krona_report(attention())
+    table = report.table()
+    steps = list(table.columns[-1].cells)
+    kinds = {layer.shapes: layer for layer in report.layers}
+    alone = [KronAReport("", [kinds[shapes]], 1).predicted_steps()["KronA"] for shapes in sorted(kinds)]
+    assert steps == [f"{step:.2f}" for step in alone]
+    together = report.predicted_steps()
+    assert table.columns[-1].footer == f"{together['KronA']:.2f}"
+    assert f"LoRA r=4: {together['LoRA r=4']:.2f}" in str(report)
 
 
 def test_rank_is_that_of_the_dense_update_and_generic_factors_reach_the_highest():

@@ -175,23 +175,6 @@ def cheapest_order(shapes: FactorShapes) -> Order:
     return "A first" if a_first <= krona_multiply_adds(shapes, "B first") else "B first"
 
 
-def lora_multiply_adds(d: int, h: int, r: int, tokens: int = 1) -> int:
-    """Multiply-adds of a LoRA update for `tokens` inputs."""
-    return tokens * r * (d + h)
-
-
-def lokr_multiply_adds(d: int, h: int, r: int | None = None, factor: int = -1, tokens: int = 1) -> int:
-    """Multiply-adds of a LoKr update that builds ΔW = w1 ⊗ w2 and applies it to `tokens` inputs."""
-    w = lokr_shapes(d, h, factor)
-    build_w2 = 0 if _lokr_keeps_w2(w, r) else w.b1 * w.b2 * (r or 0)
-    return build_w2 + d * h + tokens * d * h
-
-
-def loha_multiply_adds(d: int, h: int, r: int, tokens: int = 1) -> int:
-    """Multiply-adds of a LoHa update that builds ΔW and applies it to `tokens` inputs."""
-    return 2 * r * d * h + d * h + tokens * d * h
-
-
 class StepCost(NamedTuple):
     """What one training step of one layer takes: forward, and backward to its input and to what is trained.
 
@@ -274,7 +257,7 @@ def lora_step(d: int, h: int, r: int, tokens: int) -> StepCost:
     """The step of a layer with LoRA as PEFT does it: two products, a scaling, and two sums as large as the layer's."""
     floor = frozen_step(d, h, tokens)
     return StepCost(
-        floor.multiply_adds + 3 * lora_multiply_adds(d, h, r, tokens),
+        floor.multiply_adds + 3 * tokens * lora_parameters(d, h, r),
         floor.elements + tokens * (6 * h + 10 * d + 6 * r) + 3 * r * (d + h),
     )
 

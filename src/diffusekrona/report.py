@@ -19,19 +19,26 @@ from torch import nn
 
 from .components import adaptable_components, adapter_names, named_adapter
 from .factors import (
+    BALANCE,
     FactorShapes,
-    cheapest_order,
-    krona_multiply_adds,
+    StepCost,
+    frozen_step,
     krona_parameters,
     krona_rank,
-    lora_multiply_adds,
+    krona_step,
+    lokr_step,
     lora_parameters,
+    lora_step,
+    merging_pays,
 )
 from .injected import krona_layers
 from .layer import KronALayer
 
 LORA_RANK = 4
 """The rank of the LoRA that the paper compares with (Table 2)."""
+
+TOKENS = 1024
+"""Inputs of a layer per step that costs are predicted for: what most layers of SDXL see of a picture of 1024²."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,15 @@ class LayerReport:
         """The rank the update can reach."""
         return krona_rank(self.shapes.d, self.shapes.h, self.shapes.a1, self.shapes.a2)
 
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds per token of the update, in the cheaper order."""
-        return krona_multiply_adds(self.shapes, cheapest_order(self.shapes))
-
-    @property
-    def lora_multiply_adds(self) -> int:
-        """Multiply-adds per token of LoRA of rank 4."""
-        return lora_multiply_adds(self.shapes.d, self.shapes.h, LORA_RANK)
+    def step_costs(self, tokens: int = TOKENS) -> dict[str, StepCost]:
+        """What a training step of this layer takes without an adapter, with this one and with others."""
+        shapes, d, h = self.shapes, self.shapes.d, self.shapes.h
+        return {
+            "frozen": frozen_step(d, h, tokens),
+            "KronA": krona_step(shapes, tokens, merged=merging_pays(shapes, tokens)),
+            f"LoRA r={LORA_RANK}": lora_step(d, h, LORA_RANK, tokens),
+            "LoKr factor 8": lokr_step(d, h, None, 8, tokens),
+        }
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,15 @@ class KronAReport:
         """Trainable parameters over the base's."""
         return self.parameters / self.base_parameters
 
+    def predicted_steps(self, tokens: int = TOKENS, balance: float = BALANCE) -> dict[str, float]:
+        """Training steps of the adapted layers over the frozen ones', with this adapter and with others instead.
+
+        Args:
+            tokens: inputs of each layer per step.
+            balance: multiply-adds that the machine does while it moves one tensor element; that of a CPU if left out.
+        """
+        return _predicted_steps(self.layers, tokens, balance)
+
     def table(self, every_layer: bool = False) -> Table:
         """The report as a rich table, one row per kind of layer or per layer."""
         table = Table(
@@ -112,6 +128,7 @@ class KronAReport:
             padding=(0, 1, 0, 0),
             pad_edge=False,
         )
+        steps = self.predicted_steps()
         rows = [(layer.name, [layer]) for layer in self.layers] if every_layer else list(self._kinds())
         for header, total in (
             ("layer" if every_layer else "layers", str(len(self.layers))),
@@ -121,7 +138,7 @@ class KronAReport:
             ("parameters", f"{self.parameters:,}"),
             ("LoRA r=4", f"{self.lora_parameters:,}"),
             ("rank", ""),
-            ("MACs", ""),
+            ("step", f"{steps['KronA']:.2f}"),
         ):
             table.add_column(header, footer=total, justify="right", no_wrap=True)
         for name, layers in rows:
@@ -130,7 +147,10 @@ class KronAReport:
         table.caption_justify = "left"
         table.caption = (
             f"{self.parameters:,} trainable parameters, {self.share:.3%} of the base's {self.base_parameters:,}.\n"
-            "rank: has / can reach. MACs: multiply-adds per token of one layer's update."
+            "rank: has / can reach. step: predicted training step over the frozen layers',\n"
+            f"{TOKENS:,} tokens each, fp32 on a CPU; "
+            + ", ".join(f"{name}: {step:.2f}" for name, step in steps.items() if name != "KronA")
+            + "."
         )
         return table
 
@@ -183,6 +203,15 @@ def _base_parameters(component: nn.Module) -> int:
     return sum(parameter.numel() for parameter in component.parameters() if parameter not in added)
 
 
+def _predicted_steps(layers: list[LayerReport], tokens: int, balance: float) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for layer in layers:
+        for name, cost in layer.step_costs(tokens).items():
+            times[name] = times.get(name, 0) + cost.time(balance)
+    floor = times.pop("frozen")
+    return {name: time / floor for name, time in times.items()}
+
+
 def _rank(layer: KronALayer, name: str) -> int | None:
     factors = (layer.krona_A[name].detach(), layer.krona_B[name].detach())
     if any(factor.is_meta or not bool(factor.isfinite().all()) for factor in factors):
@@ -203,5 +232,5 @@ def _cells(layers: list[LayerReport]) -> list[str]:
         f"{sum(layer.parameters for layer in layers):,}",
         f"{sum(layer.lora_parameters for layer in layers):,}",
         f"{has} / {layers[0].highest_rank}",
-        f"{layers[0].multiply_adds:,}",
+        f"{_predicted_steps(layers[:1], TOKENS, BALANCE)['KronA']:.2f}",
     ]
