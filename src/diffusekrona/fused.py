@@ -141,12 +141,16 @@ def _merges(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tokens: int) -> 
     Never in half precision, nor where products may round to it: there the sum would lose the bits of the update.
     """
     return (
-        not torch.compiler.is_compiling()
-        and weight.is_cpu
+        weight.is_cpu
         and weight.dtype in (torch.float32, torch.float64)
-        and torch.get_float32_matmul_precision() == "highest"
+        and _multiplies_in_full_precision()
         and all(merging_pays(_shapes(A, B), tokens) for A, B in pairs)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _multiplies_in_full_precision() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _merged(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
