@@ -6,7 +6,7 @@ depends on the machine, `balance`, is fitted to all measured ratios at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,17 @@ def predicted(shape: Shape, method: str, balance: float) -> float:
     """The method's step over the frozen layer's."""
     floor = frozen_step(shape.d, shape.h, shape.tokens)
     return COUNTS[method](shape).time(balance) / floor.time(balance)
+
+
+def counts_table(shapes: Iterable[Shape]) -> list[str]:
+    """Multiply-adds and moved bytes (fp32) of one layer's step, in Markdown."""
+    methods = {"frozen base": lambda s: frozen_step(s.d, s.h, s.tokens), **COUNTS}
+    lines = ["| million multiply-adds, MB moved | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for shape in shapes:
+        costs = [count(shape) for count in methods.values()]
+        cells = [f"{cost.multiply_adds / 1e6:,.0f}, {4 * cost.elements / 1e6:,.0f}" for cost in costs]
+        lines.append(f"| {shape.name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def errors(found: Mapping[Shape, Measured], balance: float) -> np.ndarray:

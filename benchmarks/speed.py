@@ -40,6 +40,7 @@ SD15 = (
     Shape("SD 1.5 1280, text", tokens=77, h=768, d=1280, layers=12),
 )
 FLUX = (Shape("FLUX-like 3072", tokens=4608, h=3072, d=3072, layers=1),)
+MODELS = {"SDXL": SDXL, "SD 1.5": SD15, "FLUX-like": FLUX}
 FLOOR = "frozen base"
 
 
@@ -112,28 +113,46 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def report(measured: dict[str, Any]) -> list[str]:
+    """All tables, in Markdown; writes the pictures."""
+    groups = measured["groups"]
+    lines = [__doc__ or "", measured["conditions"]]
+    for model, found in groups.items():
+        lines += ["", f"## {model}", "", *mix_table(found), "", *shape_table(found)]
+    ratios = {Shape(**f["shape"]): f["ratio"] for found in groups.values() for f in found}
+    balance = prediction.fitted_balance(ratios)
+    lines += ["", "## What is counted", "", *prediction.counts_table(ratios)]
+    lines += ["", "## What counting predicts", "", *prediction.table(ratios, balance)]
+    prediction.draw(ratios, balance, RESULTS / "prediction.png")
+    draw(groups, RESULTS / "speed.png")
+    return lines
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    groups: dict[str, list[dict[str, Any]]] = {}
-    lines = [
-        __doc__ or "",
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds, {platform.machine()}.",
-    ]
-    for model, shapes in (("SDXL", SDXL), ("SD 1.5", SD15), ("FLUX-like", FLUX)):
-        groups[model] = [measure(shape, max(3, rounds // 3) if model == "FLUX-like" else rounds) for shape in shapes]
-        lines += ["", f"## {model}", "", *mix_table(groups[model]), "", *shape_table(groups[model])]
-        print("\n".join(lines[-len(METHODS) * 2 - 9 :]), flush=True)
-    found = {Shape(**f["shape"]): f["ratio"] for measured in groups.values() for f in measured}
-    balance = prediction.fitted_balance(found)
-    lines += ["", "## What counting predicts", "", *prediction.table(found, balance)]
+    parser.add_argument("--tables-only", action="store_true", help="write the tables anew from what was measured last")
+    arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    prediction.draw(found, balance, RESULTS / "prediction.png")
-    (RESULTS / "speed.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (RESULTS / "speed.json").write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
-    draw(groups, RESULTS / "speed.png")
+    stored, rounds = RESULTS / "speed.json", arguments.rounds
+    if arguments.tables_only:
+        measured = json.loads(stored.read_text(encoding="utf-8"))
+    else:
+        fewer = max(3, rounds // 3)  # a round on the FLUX-like shape takes half a minute
+        groups = {
+            model: [measure(shape, fewer if shape in FLUX else rounds) for shape in shapes]
+            for model, shapes in MODELS.items()
+        }
+        conditions = (
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {rounds} rounds "
+            f"(FLUX-like: {fewer})."
+        )
+        measured = {"conditions": conditions, "groups": groups}
+        stored.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(report(measured))
+    print(text)
+    (RESULTS / "speed.md").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

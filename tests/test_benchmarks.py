@@ -1,0 +1,19 @@
+"""The benchmarks that need more than this machine may have go through their motions on a tiny model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("benchmark", ["sdxl_step", "lifecycle"])
+def test_a_dry_run_measures_all_methods_and_writes_nothing(benchmark):
+    before = {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--dry-run", "--rounds", "1"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for method in ("KronA (4, 64)", "PEFT LoRA r=4", "PEFT LoKr factor 8"):
+        assert f"| {method} |" in table
+    assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
