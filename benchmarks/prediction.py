@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from diffusekrona.factors import (
     StepCost,
@@ -96,5 +97,9 @@ def draw(found: Mapping[Shape, Measured], balance: float, path: Path) -> None:
     ends = (1.0, max(max(measured[method] for method in COUNTS) for measured in found.values()))
     axis.plot(ends, ends, color="black", linewidth=1)
     axis.set(xscale="log", yscale="log", xlabel="predicted step / frozen layer's", ylabel="measured")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4]))
+        side.set_major_formatter(StrMethodFormatter("{x:g}"))
+        side.set_minor_locator(NullLocator())
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -13,7 +13,7 @@ from .errors import FactorShapeError
 
 Order = Literal["A first", "B first"]
 
-BALANCE = 30.0
+BALANCE = 25.0
 """Multiply-adds that a CPU does while it moves one tensor element; `benchmarks/speed.py` fits it to measurements."""
 
 LARGEST_MERGED = 1 << 22
