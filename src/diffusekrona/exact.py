@@ -8,6 +8,7 @@ the weight in chunks of rows, so no temporary is as large as the weight.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,8 +65,8 @@ def check_mergeable(weight: Tensor, terms: list[Term]) -> None:
     # Half of the range leaves room for the roundings; a NaN fails the comparison.
     if bool(bound < torch.finfo(weight.dtype).max / 2):
         return
-    for rows, delta, space in _chunks(weight, terms):
-        if not bool(torch.isfinite(torch.add(rows, delta, out=space).to(weight.dtype)).all()):
+    for chunk in _chunks(weight, terms):
+        if not bool(torch.isfinite(chunk.merge()).all()):
             raise MergeError("the merged weight would hold an infinity or a NaN")
 
 
@@ -77,49 +78,79 @@ def merge_(weight: Tensor, terms: list[Term]) -> Restoration:
         terms: (s·A, B) pairs with a1·b1 = d and a2·b2 = h, in `arithmetic_dtype(weight.dtype)`.
     """
     chunks = []
-    for rows, delta, space in _chunks(weight, terms):
-        merged = torch.add(rows, delta, out=space).to(weight.dtype)
-        restored = torch.sub(merged, delta, out=delta).to(weight.dtype)
-        chunks.append(_unrestored(rows, restored))
-        rows.copy_(merged)
+    for chunk in _chunks(weight, terms):
+        merged = chunk.merge()
+        chunks.append(chunk.unrestored(merged))
+        chunk.rows.copy_(merged)
     return Restoration(weight.dtype, chunks)
 
 
 def unmerge_(weight: Tensor, terms: list[Term], restoration: Restoration) -> None:
     """Give back, bit for bit, the weight that `merge_(weight, terms)` changed; its dtype must still be the same."""
-    for (rows, delta, _), (indices, values) in zip(_chunks(weight, terms), restoration.chunks, strict=True):
+    for chunk, (indices, values) in zip(_chunks(weight, terms), restoration.chunks, strict=True):
         values = values.to(weight.device)
         if indices is None:
-            rows.copy_(values)
+            chunk.rows.copy_(values)
             continue
-        rows.sub_(delta)
-        rows.put_(indices.to(weight.device, torch.int64), values)
+        chunk.unmerge_()
+        chunk.rows.put_(indices.to(weight.device, torch.int64), values)
 
 
-def _chunks(weight: Tensor, terms: list[Term]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some rows of the weight at a time, Σ A ⊗ B of these rows, and space for arithmetic on them.
+class _Space(threading.local):
+    """Memory for computing with one chunk. Writing to fresh memory costs more than the arithmetic, so it is kept."""
 
-    All chunks share the same memory for the latter two: writing to fresh memory costs more than the arithmetic.
-    """
+    def __init__(self) -> None:
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def buffers(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Two tensors of the rows' shape in the arithmetic's dtype, two in their own, and one of booleans."""
+        kept = self._buffers
+        if not kept or kept[0].numel() < rows.numel() or (kept[2].dtype, kept[2].device) != (rows.dtype, rows.device):
+            with torch.inference_mode(False):  # whose tensors could not be written to outside of it
+                wide = rows.new_empty((2, rows.numel()), dtype=arithmetic_dtype(rows.dtype))
+                own = rows.new_empty((2, rows.numel()))
+                kept = self._buffers = (*wide, *own, rows.new_empty(rows.numel(), dtype=torch.bool))
+        return tuple(buffer[: rows.numel()].view(rows.shape) for buffer in kept)
+
+
+_space = _Space()
+
+
+class _Chunk:
+    """Some rows of a weight, Σ A ⊗ B of the same rows, and what is computed from both, in memory that all share."""
+
+    def __init__(self, rows: Tensor, terms: list[Term], start: int) -> None:
+        self.rows = rows
+        self._delta, self._wide, self._merged, self._restored, self._differs = _space.buffers(rows)
+        for number, (A, B) in enumerate(terms):
+            update = kron_rows(A, B, start, start + len(rows), out=self._wide if number else self._delta)
+            if number:
+                self._delta.add_(update)
+
+    def merge(self) -> Tensor:
+        return self._add(1, self.rows, out=self._merged)
+
+    def unmerge_(self) -> None:
+        self.rows.sub_(self._delta)
+
+    def _add(self, sign: int, values: Tensor, out: Tensor) -> Tensor:
+        if out.dtype == self._delta.dtype:
+            return torch.add(values, self._delta, alpha=sign, out=out)
+        return out.copy_(self._wide.copy_(values).add_(self._delta, alpha=sign))
+
+    def unrestored(self, merged: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The entries of the rows that unmerging does not give back, as `Restoration` keeps them."""
+        restored, bits = self._add(-1, merged, out=self._restored), _BITS[self.rows.element_size()]
+        # Compared as integers: zeros have two signs, and every bit counts.
+        differs = torch.ne(self.rows.view(bits), restored.view(bits), out=self._differs)
+        indices = differs.view(-1).nonzero().squeeze(-1)
+        if len(indices) * (4 + self.rows.element_size()) < self.rows.nbytes:
+            return indices.to(torch.int32), self.rows.take(indices)
+        return None, self.rows.clone()
+
+
+def _chunks(weight: Tensor, terms: list[Term]) -> Iterator[_Chunk]:
     d, h = weight.shape
     step = max(1, _CHUNK_ENTRIES // max(1, h))
     terms = [(A.to(weight.device), B.to(weight.device)) for A, B in terms]
-    sums, spaces = weight.new_empty((2, min(step, d), h), dtype=arithmetic_dtype(weight.dtype))
-    for start in range(0, d, step):
-        rows = weight[start : start + step]
-        delta, space = sums[: len(rows)], spaces[: len(rows)]
-        for number, (A, B) in enumerate(terms):
-            kron_rows(A, B, start, start + len(rows), out=space if number else delta)
-            if number:
-                delta.add_(space)
-        yield rows, delta, space
-
-
-def _unrestored(original: Tensor, restored: Tensor) -> tuple[Tensor | None, Tensor]:
-    # Compared as integers: zeros have two signs, and every bit counts.
-    bits = _BITS[original.element_size()]
-    indices = (original.view(bits) != restored.view(bits)).flatten().nonzero().squeeze(-1)
-    entry = 4 + original.element_size()  # indices within a chunk fit into four bytes
-    if len(indices) * entry < original.nbytes:
-        return indices.to(torch.int32), original.take(indices)
-    return None, original.clone()
+    return (_Chunk(weight[start : start + step], terms, start) for start in range(0, d, step))
