@@ -1,6 +1,8 @@
 """The fused step against the base's output plus `x @ torch.kron(A, B).T`, and against what it may cost."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,11 +195,20 @@ def test_the_weight_and_its_update_are_summed_only_for_many_tokens_in_full_preci
     assert merges(torch.float64)
     assert not merges(tokens=3)
     assert not merges(torch.bfloat16)
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert not merges()
-    finally:
-        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_nothing_is_summed_where_a_cpu_may_multiply_in_less_than_full_precision(setting):
+    program = f"import torch; from tests.test_fused import merges; {setting}; print(merges())"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == ("True\n" if "cuda" in setting else "False\n")
 
 
 def saved_for_backward(module: nn.Module, x: Tensor) -> list[Tensor]:

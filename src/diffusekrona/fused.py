@@ -150,7 +150,10 @@ def _merges(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tokens: int) -> 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_in_full_precision() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # before torch 2.9; later, asking for the one setting is an error if another is in use
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in ("ieee", "none")
 
 
 def _merged(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
