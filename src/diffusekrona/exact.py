@@ -93,7 +93,9 @@ def unmerge_(weight: Tensor, terms: list[Term], restoration: Restoration) -> Non
             chunk.rows.copy_(values)
             continue
         chunk.unmerge_()
-        chunk.rows.put_(indices.to(weight.device, torch.int64), values)
+        restored = chunk.rows.contiguous()
+        restored.view(-1).scatter_(0, indices.to(weight.device, torch.int64), values)
+        chunk.rows.copy_(restored)  # does nothing where the rows are contiguous themselves
 
 
 class _Space(threading.local):
@@ -145,7 +147,7 @@ class _Chunk:
         differs = torch.ne(self.rows.view(bits), restored.view(bits), out=self._differs)
         indices = differs.view(-1).nonzero().squeeze(-1)
         if len(indices) * (4 + self.rows.element_size()) < self.rows.nbytes:
-            return indices.to(torch.int32), self.rows.take(indices)
+            return indices.to(torch.int32), self.rows.reshape(-1)[indices]
         return None, self.rows.clone()
 
 
