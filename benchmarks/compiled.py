@@ -57,9 +57,8 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, float], dict[str, floa
             torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-3 * float(eager.abs().max()))
     for step in twins.values():
         change_values(step)
-    torch._dynamo.config.error_on_recompile = True
-    times = timed_in_turns(plain | {f"{name}, compiled": step for name, step in twins.items()}, rounds)
-    torch._dynamo.config.error_on_recompile = False
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        times = timed_in_turns(plain | {f"{name}, compiled": step for name, step in twins.items()}, rounds)
     return {name: median_ratio(found, times[CHOSEN[0]]) for name, found in times.items()}, seconds
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -122,12 +123,17 @@ class _Chunk:
     """Some rows of a weight, Σ A ⊗ B of the same rows, and what is computed from both, in memory that all share."""
 
     def __init__(self, rows: Tensor, terms: list[Term], start: int) -> None:
-        self.rows = rows
-        self._delta, self._wide, self._merged, self._restored, self._differs = _space.buffers(rows)
-        for number, (A, B) in enumerate(terms):
-            update = kron_rows(A, B, start, start + len(rows), out=self._wide if number else self._delta)
+        self.rows, self._terms, self._start = rows, terms, start
+        self._sum, self._wide, self._merged, self._restored, self._differs = _space.buffers(rows)
+
+    @cached_property
+    def _delta(self) -> Tensor:
+        for number, (A, B) in enumerate(self._terms):
+            out = self._wide if number else self._sum
+            update = kron_rows(A, B, self._start, self._start + len(self.rows), out=out)
             if number:
-                self._delta.add_(update)
+                self._sum.add_(update)
+        return self._sum
 
     def merge(self) -> Tensor:
         return self._add(1, self.rows, out=self._merged)
@@ -136,9 +142,10 @@ class _Chunk:
         self.rows.sub_(self._delta)
 
     def _add(self, sign: int, values: Tensor, out: Tensor) -> Tensor:
-        if out.dtype == self._delta.dtype:
-            return torch.add(values, self._delta, alpha=sign, out=out)
-        return out.copy_(self._wide.copy_(values).add_(self._delta, alpha=sign))
+        delta = self._delta
+        if out.dtype == delta.dtype:
+            return torch.add(values, delta, alpha=sign, out=out)
+        return out.copy_(self._wide.copy_(values).add_(delta, alpha=sign))
 
     def unrestored(self, merged: Tensor) -> tuple[Tensor | None, Tensor]:
         """The entries of the rows that unmerging does not give back, as `Restoration` keeps them."""

@@ -163,10 +163,16 @@ def krona_multiply_adds(shapes: FactorShapes, order: Order, tokens: int = 1) -> 
     A first makes an a1 × b2 intermediate per token: a1·a2·b2 + a1·b2·b1. B first makes an a2 × b1 one:
     a2·b2·b1 + a1·a2·b1.
     """
+    first, second, _ = _products(shapes, order)
+    return tokens * (first + second)
+
+
+def _products(shapes: FactorShapes, order: Order) -> tuple[int, int, int]:
+    """Of (A ⊗ B)x for one token: multiply-adds of its first and second product, and the size of what is between."""
     a1, a2, b1, b2 = shapes
     if order == "A first":
-        return tokens * (a1 * a2 * b2 + a1 * b2 * b1)
-    return tokens * (a2 * b2 * b1 + a1 * a2 * b1)
+        return a1 * a2 * b2, a1 * b1 * b2, a1 * b2
+    return a2 * b1 * b2, a1 * a2 * b1, a2 * b1
 
 
 def cheapest_order(shapes: FactorShapes) -> Order:
@@ -228,14 +234,6 @@ def merging_pays(shapes: FactorShapes, tokens: int) -> bool:
     size = shapes.d * shapes.h
     added, merged = _added_output(shapes, tokens, cheapest_order(shapes)), _merged_output(shapes)
     return size <= LARGEST_MERGED and added.time(BALANCE) > merged.time(BALANCE) + BALANCE * 2 * size
-
-
-def _products(shapes: FactorShapes, order: Order) -> tuple[int, int, int]:
-    """Of (A ⊗ B)x for one token: multiply-adds of its first and second product, and the size of what is between."""
-    a1, a2, b1, b2 = shapes
-    if order == "A first":
-        return a1 * a2 * b2, a1 * b1 * b2, a1 * b2
-    return a2 * b1 * b2, a1 * a2 * b1, a2 * b1
 
 
 def _added_output(shapes: FactorShapes, tokens: int, order: Order) -> StepCost:

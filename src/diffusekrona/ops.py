@@ -52,8 +52,8 @@ def kron_rows(A: Tensor, B: Tensor, start: int, stop: int, out: Tensor | None = 
     """
     row = torch.arange(start, stop, device=A.device)
     of_a, of_b = A[row // B.shape[0]].unsqueeze(-1), B[row % B.shape[0]].unsqueeze(-2)
-    blocks = of_a * of_b if out is None else torch.mul(of_a, of_b, out=out.unflatten(-1, (A.shape[1], B.shape[1])))
-    return blocks.flatten(-2)
+    blocks = None if out is None else out.unflatten(-1, (A.shape[1], B.shape[1]))
+    return torch.mul(of_a, of_b, out=blocks).flatten(-2)
 
 
 def _factor_shapes(x: Tensor, A: Tensor, B: Tensor) -> FactorShapes:
