@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -29,7 +29,7 @@ from .sdxl_step import build
 
 RESULT = Path(__file__).parent / "results" / "lifecycle.md"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-STAGES = ("inject", "merge", "unmerge", "switch", "load")
+STAGES = ("inject", "merge", "unmerge", "switch", "load", "merge and unload")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 Timings = dict[str, float]
 
@@ -54,6 +54,14 @@ def tuner_layers(unet: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def merge_and_unload(unet: UNet2DConditionModel, config: PeftConfig) -> Timings:
+    """PEFT's way of merging for good."""
+    vars(unet).pop("peft_config", None)  # which Diffusers leaves behind, empty
+    model: Any = get_peft_model(unet, config)
+    randomise(unet)
+    return {"merge and unload": timed(model.merge_and_unload)}
+
+
 def krona(unet: UNet2DConditionModel, folder: Path) -> Timings:
     """Ours, by its helpers."""
     config = KronAConfig(a1=4, a2=64)
@@ -67,7 +75,7 @@ def krona(unet: UNet2DConditionModel, folder: Path) -> Timings:
     unload_krona(unet)
     seconds["load"] = timed(lambda: load_krona(unet, saved))
     unload_krona(unet)
-    return seconds
+    return seconds | merge_and_unload(unet, config)
 
 
 def lora(unet: UNet2DConditionModel, folder: Path) -> Timings:
@@ -83,7 +91,7 @@ def lora(unet: UNet2DConditionModel, folder: Path) -> Timings:
     unet.unload_lora()
     seconds["load"] = timed(lambda: unet.load_lora_adapter(folder / "lora", weight_name=LORA_FILE, prefix=None))
     unet.unload_lora()
-    return seconds
+    return seconds | merge_and_unload(unet, config)
 
 
 def lokr(unet: UNet2DConditionModel, folder: Path) -> Timings:
@@ -98,7 +106,7 @@ def lokr(unet: UNet2DConditionModel, folder: Path) -> Timings:
         if isinstance(module, BaseTunerLayer):
             unet.set_submodule(name, module.get_base_layer())
     del unet.peft_config
-    return seconds
+    return seconds | merge_and_unload(unet, config)
 
 
 def touch_weights(unet: nn.Module) -> float:

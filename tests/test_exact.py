@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusekrona import exact
 from diffusekrona.errors import MergeError
-from diffusekrona.exact import Term, arithmetic_dtype, check_mergeable, merge_, unmerge_
+from diffusekrona.exact import Term, arithmetic_dtype, check_mergeable, fold_, merge_, unmerge_
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -125,6 +125,18 @@ def test_merging_rounds_the_sum_once_and_unmerging_gives_back_every_bit(merge, e
     assert same_bits(weight, before)
     assert (weight.data_ptr(), weight.stride()) == memory
     assert all(torch.equal(a, b) for old, new in zip(kept, terms, strict=True) for a, b in zip(old, new, strict=True))
+
+
+@many
+@given(merge=merges(), entries=chunk_sizes)
+def test_folding_gives_the_same_bits_as_merging(merge, entries):
+    weight, terms = merge
+    merged, memory = weight.clone(), (weight.data_ptr(), weight.stride())
+    merge_(merged, terms)
+    with chunks_of(entries):
+        fold_(weight, terms)
+    assert same_bits(weight, merged)
+    assert (weight.data_ptr(), weight.stride()) == memory
 
 
 @many
@@ -291,6 +303,7 @@ def test_no_temporary_of_merging_or_unmerging_is_as_large_as_the_weight():
     terms = [(torch.randn(8, 8) * 1e-3, torch.randn(8, 8)), (torch.randn(4, 4), torch.randn(16, 16))]
     with chunks_of(128), mock.patch.object(exact, "_space", exact._Space()), LargestTensor(weight) as largest:
         unmerge_(weight, terms, merge_(weight, terms))
+        fold_(weight, terms)
     # An index takes 8 bytes, twice an entry of this weight.
     assert 0 < largest.bytes <= 2 * 128 * weight.element_size() < weight.nbytes
 

@@ -22,7 +22,7 @@ from peft import (
 from torch import nn
 
 from diffusekrona import KronAConfig, KronALayer
-from diffusekrona.errors import AdapterNameError, FactorShapeError
+from diffusekrona.errors import AdapterNameError, FactorShapeError, MergeError
 from diffusekrona.injected import krona_layers
 from tests.modules import Network, inputs, network
 from tests.snapshots import assert_same, bits, snapshot, unchanged
@@ -392,6 +392,32 @@ def test_merge_and_unload_gives_a_plain_network_that_computes_the_same() -> None
     assert type(plain) is Network
     assert [type(module) for module in plain.modules()] == [type(module) for module in network().modules()]
     torch.testing.assert_close(output(plain), unmerged, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("merged", [[], ["default"], ["default", "other"]])
+def test_merge_and_unload_leaves_the_bits_of_a_merge_also_where_some_are_merged_already(merged: list[str]) -> None:
+    names = ["default", "other"]
+    models = [adapted() for _ in range(2)]
+    for model in models:
+        model.base_model.to(torch.bfloat16)
+        torch.manual_seed(1)
+        model.add_adapter("other", config(a1=3, alpha=30))
+    models[0].merge_adapter(names)
+    for name in merged:
+        models[1].merge_adapter([name])
+    expected = [layer.get_base_layer().weight for layer in krona_layers(models[0]).values()]
+    found = dict(models[1].merge_and_unload(adapter_names=names).named_parameters())
+    weights = [found[f"{name.removeprefix('base_model.model.')}.weight"] for name in krona_layers(models[0])]
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(expected, weights, strict=True))
+
+
+def test_merge_and_unload_of_one_bad_factor_changes_nothing() -> None:
+    model = adapted()
+    list(krona_layers(model).values())[-1].krona_A["default"].data[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(MergeError, match="Nothing was merged"):
+        model.merge_and_unload()
+    assert_same(before, snapshot(model))
 
 
 def test_unload_gives_back_the_base_model() -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import kron_linear
 from diffusekrona.factors import FactorShapes, krona_multiply_adds
-from diffusekrona.ops import kron_linear_a_first, kron_linear_b_first, kron_rows
+from diffusekrona.ops import KronRows, kron_linear_a_first, kron_linear_b_first
 from tests.tensors import (
     LargestTensor,
     assert_all_close,
@@ -141,19 +141,25 @@ def test_inputs_that_do_not_fit_are_refused_with_both_sizes(x_size, A_size, B_si
         kron_linear(torch.zeros(x_size), torch.zeros(A_size), torch.zeros(B_size))
 
 
+def written(rows: KronRows, start: int, stop: int, dense: Tensor) -> Tensor:
+    return rows.write(start, stop, dense.new_full((stop - start, dense.shape[1]), torch.nan))
+
+
 @many
 @given(
     shapes=shapes_of_factors,
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     layout=st.tuples(layouts, layouts),
     step=st.integers(1, 130),
+    memory=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_rows_of_the_product_have_torch_krons_bits_in_any_chunking(shapes, dtype, layout, step, seed):
+def test_rows_of_the_product_have_torch_krons_bits_in_any_chunking(shapes, dtype, layout, step, memory, seed):
     (_, A, B), _ = random_inputs(shapes, (), seed, dtype)
     A, B = layout[0](A), layout[1](B)
     dense = torch.kron(A.contiguous(), B.contiguous())
-    chunks = [kron_rows(A, B, i, min(i + step, shapes.d)) for i in range(0, shapes.d, step)]
+    rows = KronRows(A, B, torch.full((step * shapes.h,), torch.nan, dtype=dtype) if memory else None)
+    chunks = [written(rows, i, min(i + step, shapes.d), dense) for i in range(0, shapes.d, step)]
     bits = INTEGERS[dense.element_size()]
     assert torch.equal(torch.cat(chunks).view(bits), dense.contiguous().view(bits))
 
@@ -162,8 +168,10 @@ def test_rows_of_the_product_have_torch_krons_bits_in_any_chunking(shapes, dtype
 @given(shapes=shapes_of_factors, data=st.data())
 def test_any_range_of_rows_is_that_range_of_the_product(shapes, data):
     (_, A, B), _ = random_inputs(shapes, (), seed=5)
-    start, stop = sorted(data.draw(st.tuples(st.integers(0, shapes.d), st.integers(0, shapes.d))))
-    assert torch.equal(kron_rows(A, B, start, stop), torch.kron(A, B)[start:stop])
+    rows, dense = KronRows(A, B), torch.kron(A, B)
+    for _ in range(3):
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, shapes.d), st.integers(0, shapes.d))))
+        assert torch.equal(written(rows, start, stop, dense), dense[start:stop])
 
 
 @every_product

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError
-from .ops import kron_rows
+from .ops import KronRows
 
 Term = tuple[Tensor, Tensor]
 """One adapter's part of an update: s·A and B, in the arithmetic's dtype. Kept for `unmerge_`, so never changed."""
@@ -86,6 +86,12 @@ def merge_(weight: Tensor, terms: list[Term]) -> Restoration:
     return Restoration(weight.dtype, chunks)
 
 
+def fold_(weight: Tensor, terms: list[Term]) -> None:
+    """`merge_` for good: the same bits, nothing kept to undo it, several times faster."""
+    for chunk in _chunks(weight, terms):
+        chunk.add_(1)
+
+
 def unmerge_(weight: Tensor, terms: list[Term], restoration: Restoration) -> None:
     """Give back, bit for bit, the weight that `merge_(weight, terms)` changed; its dtype must still be the same."""
     for chunk, (indices, values) in zip(_chunks(weight, terms), restoration.chunks, strict=True):
@@ -93,7 +99,7 @@ def unmerge_(weight: Tensor, terms: list[Term], restoration: Restoration) -> Non
         if indices is None:
             chunk.rows.copy_(values)
             continue
-        chunk.unmerge_()
+        chunk.add_(-1)
         restored = chunk.rows.contiguous()
         restored.view(-1).scatter_(0, indices.to(weight.device, torch.int64), values)
         chunk.rows.copy_(restored)  # does nothing where the rows are contiguous themselves
@@ -105,15 +111,14 @@ class _Space(threading.local):
     def __init__(self) -> None:
         self._buffers: tuple[Tensor, ...] = ()
 
-    def buffers(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Two tensors of the rows' shape in the arithmetic's dtype, two in their own, and one of booleans."""
+    def buffers(self, weight: Tensor, entries: int) -> tuple[Tensor, ...]:
+        """Three tensors of so many entries in the arithmetic's dtype for this weight, and two in its own."""
         kept = self._buffers
-        if not kept or kept[0].numel() < rows.numel() or (kept[2].dtype, kept[2].device) != (rows.dtype, rows.device):
+        if not kept or kept[0].numel() < entries or (kept[3].dtype, kept[3].device) != (weight.dtype, weight.device):
             with torch.inference_mode(False):  # whose tensors could not be written to outside of it
-                wide = rows.new_empty((2, rows.numel()), dtype=arithmetic_dtype(rows.dtype))
-                own = rows.new_empty((2, rows.numel()))
-                kept = self._buffers = (*wide, *own, rows.new_empty(rows.numel(), dtype=torch.bool))
-        return tuple(buffer[: rows.numel()].view(rows.shape) for buffer in kept)
+                dtypes = [arithmetic_dtype(weight.dtype)] * 3 + [weight.dtype] * 2
+                kept = self._buffers = tuple(weight.new_empty(entries, dtype=dtype) for dtype in dtypes)
+        return kept
 
 
 _space = _Space()
@@ -122,15 +127,15 @@ _space = _Space()
 class _Chunk:
     """Some rows of a weight, Σ A ⊗ B of the same rows, and what is computed from both, in memory that all share."""
 
-    def __init__(self, rows: Tensor, terms: list[Term], start: int) -> None:
+    def __init__(self, rows: Tensor, terms: list[KronRows], start: int, memory: tuple[Tensor, ...]) -> None:
         self.rows, self._terms, self._start = rows, terms, start
-        self._sum, self._wide, self._merged, self._restored, self._differs = _space.buffers(rows)
+        self._sum, self._wide, self._merged, self._restored = (m[: rows.numel()].view(rows.shape) for m in memory)
 
     @cached_property
     def _delta(self) -> Tensor:
-        for number, (A, B) in enumerate(self._terms):
+        for number, term in enumerate(self._terms):
             out = self._wide if number else self._sum
-            update = kron_rows(A, B, self._start, self._start + len(self.rows), out=out)
+            update = term.write(self._start, self._start + len(self.rows), out)
             if number:
                 self._sum.add_(update)
         return self._sum
@@ -138,8 +143,8 @@ class _Chunk:
     def merge(self) -> Tensor:
         return self._add(1, self.rows, out=self._merged)
 
-    def unmerge_(self) -> None:
-        self.rows.sub_(self._delta)
+    def add_(self, sign: int) -> None:
+        self._add(sign, self.rows, out=self.rows)
 
     def _add(self, sign: int, values: Tensor, out: Tensor) -> Tensor:
         delta = self._delta
@@ -151,7 +156,7 @@ class _Chunk:
         """The entries of the rows that unmerging does not give back, as `Restoration` keeps them."""
         restored, bits = self._add(-1, merged, out=self._restored), _BITS[self.rows.element_size()]
         # Compared as integers: zeros have two signs, and every bit counts.
-        differs = torch.ne(self.rows.view(bits), restored.view(bits), out=self._differs)
+        differs = restored.view(bits).bitwise_xor_(self.rows.view(bits))
         indices = differs.view(-1).nonzero().squeeze(-1)
         if len(indices) * (4 + self.rows.element_size()) < self.rows.nbytes:
             return indices.to(torch.int32), self.rows.reshape(-1)[indices]
@@ -159,7 +164,17 @@ class _Chunk:
 
 
 def _chunks(weight: Tensor, terms: list[Term]) -> Iterator[_Chunk]:
-    d, h = weight.shape
-    step = max(1, _CHUNK_ENTRIES // max(1, h))
-    terms = [(A.to(weight.device), B.to(weight.device)) for A, B in terms]
-    return (_Chunk(weight[start : start + step], terms, start) for start in range(0, d, step))
+    """The weight in chunks of rows, those with the same rows of the first term's B after each other."""
+    (a1, _), (b1, _), h = terms[0][0].shape, terms[0][1].shape, weight.shape[1]
+    most = max(1, _CHUNK_ENTRIES // max(1, h))
+    b_rows, a_rows = min(b1, most), max(1, most // max(1, b1))
+    tiles, *memory = _space.buffers(weight, min(weight.numel(), b_rows * a_rows * h))
+    rows = [
+        KronRows(A.to(weight.device), B.to(weight.device), None if number else tiles)
+        for number, (A, B) in enumerate(terms)
+    ]
+    for k in range(0, b1, b_rows):
+        for i in range(0, a1, a_rows):
+            start = i * b1 + k
+            stop = start + a_rows * b1 if b_rows == b1 else i * b1 + min(k + b_rows, b1)
+            yield _Chunk(weight[start:stop], rows, start, tuple(memory))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import KronAConfig
+from .errors import MergeError
+from .exact import Term
 from .layer import KronALayer
 
 
@@ -33,6 +35,25 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
             tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
     return {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+
+
+def terms_to_merge(
+    layers: Mapping[str, KronALayer], adapter_names: list[str] | None
+) -> list[tuple[KronALayer, dict[str, Term]]]:
+    """What merging these adapters, or each layer's active ones, would put into each layer's weight.
+
+    Raises:
+        MergeError: some layer cannot take it; none has changed.
+    """
+    planned = []
+    for name, layer in layers.items():
+        terms = layer.merge_terms(layer.active_adapters if adapter_names is None else adapter_names)
+        try:
+            layer.check_mergeable(terms)
+        except MergeError as error:
+            raise MergeError(f"{name}: {error}. Nothing was merged.") from error
+        planned.append((layer, terms))
+    return planned
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import KronAConfig, KronAPeftType
 from .errors import AdapterNameError, FactorShapeError
 from .factors import FactorShapes, factor_shapes
-from .injected import krona_layers, undone_on_error
+from .injected import krona_layers, terms_to_merge, undone_on_error
 from .layer import KronALayer, linear_size
 
 
@@ -51,6 +51,17 @@ class KronAModel(BaseTuner):
         with undone_on_error([model], adapter_name):
             self._check_layers(model, self.peft_config[adapter_name], state_dict)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters, by default the active ones, in its weights for good.
+
+        Raises:
+            MergeError: some weight would not be finite, or is quantized. Nothing has changed then.
+        """
+        terms_to_merge(krona_layers(self.model), adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check_layers(self, model: nn.Module, config: KronAConfig, state_dict: dict[str, Tensor] | None) -> None:
         config = _maybe_include_all_linear_layers(config, model)

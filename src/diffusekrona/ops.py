@@ -45,15 +45,42 @@ def kron_linear_b_first(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.matmul(A, functional.linear(X, B)).flatten(-2)
 
 
-def kron_rows(A: Tensor, B: Tensor, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-    """Rows `start` to `stop` of A ⊗ B, (stop - start) × a2·b2, written to `out` if given.
+class KronRows:
+    """A ⊗ B a few rows at a time, as products of whole rows: one of A with every entry repeated, one of B tiled.
 
-    Each entry is one product of two floats, so the result has the same bits on every device and in every chunking.
+    Each entry is one product of two floats, so it has the same bits on every device and in every chunking. Tiling
+    costs more than multiplying, so the last tiles are kept: the same rows of B are best asked for in a row.
+
+    Args:
+        A: a1 × a2.
+        B: b1 × b2.
+        memory: where to keep the tiles; as many entries as the rows of B that are asked for at a time, times a2·b2.
     """
-    row = torch.arange(start, stop, device=A.device)
-    of_a, of_b = A[row // B.shape[0]].unsqueeze(-1), B[row % B.shape[0]].unsqueeze(-2)
-    blocks = None if out is None else out.unflatten(-1, (A.shape[1], B.shape[1]))
-    return torch.mul(of_a, of_b, out=blocks).flatten(-2)
+
+    def __init__(self, A: Tensor, B: Tensor, memory: Tensor | None = None) -> None:
+        self._A, self._B, self._memory = A, B, memory
+        self._tiled, self._rows_tiled = B, (0, 0)
+
+    def write(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Rows `start` to `stop`, written to `out`, (stop - start) × a2·b2 and contiguous, which is returned."""
+        (b1, b2), done = self._B.shape, start
+        while done < stop:
+            i, k = divmod(done, b1)
+            whole = 0 if k else (stop - done) // b1
+            blocks, rows = (whole, b1) if whole else (1, min(b1 - k, stop - done))
+            of_a = self._A[i : i + blocks].repeat_interleave(b2, dim=1)
+            part = out[done - start : done - start + blocks * rows].view(blocks, rows, of_a.shape[1])
+            torch.mul(of_a.unsqueeze(1), self._tiles(k, k + rows), out=part)
+            done += blocks * rows
+        return out
+
+    def _tiles(self, start: int, stop: int) -> Tensor:
+        if self._rows_tiled != (start, stop):
+            rows, a2 = self._B[start:stop], self._A.shape[1]
+            memory = rows.new_empty(rows.numel() * a2) if self._memory is None else self._memory[: rows.numel() * a2]
+            tiled = memory.view(len(rows), a2, rows.shape[1]).copy_(rows.unsqueeze(1))
+            self._tiled, self._rows_tiled = tiled.flatten(1), (start, stop)
+        return self._tiled
 
 
 def _factor_shapes(x: Tensor, A: Tensor, B: Tensor) -> FactorShapes:

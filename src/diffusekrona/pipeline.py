@@ -34,7 +34,14 @@ from .fit import check_fit
 from .formats import krona as krona_format
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
-from .injected import adapter_tensors, krona_layers, remove_adapter, remove_leftovers, undone_on_error
+from .injected import (
+    adapter_tensors,
+    krona_layers,
+    remove_adapter,
+    remove_leftovers,
+    terms_to_merge,
+    undone_on_error,
+)
 from .layer import KronALayer
 
 
@@ -185,15 +192,7 @@ def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> Non
     layers = _layers(components)
     if not layers:
         raise AdapterNameError("There is no KronA adapter to merge; add one with inject_krona or load_krona.")
-    planned = []
-    for layer_name, layer in layers.items():
-        terms = layer.merge_terms(layer.active_adapters if names is None else names)
-        try:
-            layer.check_mergeable(terms)
-        except MergeError as error:
-            raise MergeError(f"{layer_name}: {error}. Nothing was merged.") from error
-        planned.append((layer, terms))
-    for layer, terms in planned:
+    for layer, terms in terms_to_merge(layers, names):
         layer.set_merged(terms)
 
 
