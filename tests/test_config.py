@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import PeftConfig
 
 from diffusekrona import KronAConfig
-from diffusekrona.config import ATTENTION_PROJECTIONS
+from diffusekrona.config import PRESETS
 from diffusekrona.errors import ConfigError, KronAError
 
 ZERO_TO_ONE = [float("nan"), float("inf"), -0.1, 1, 1.0, 2, "0.5", None, True]
@@ -51,6 +51,9 @@ def wrong(field: str, values: list[object], text: str) -> Iterator[object]:
         *wrong("init_b", NOT_AN_INIT, "init_b must be one of zeros"),
         *wrong("init_a", ["zeros"], "both zeros: every gradient would be zero"),
         *wrong("init_weights", [1, 0, None, "yes"], "init_weights must be True or False"),
+        *wrong("num_terms", [0, -1, 1.0, "2", True, None], "num_terms must be a whole number"),
+        *wrong("b_rank", [0, -1, 1.0, "2", True], "b_rank must be a whole number"),
+        *wrong("layout", ["rows", None, 3], "layout must be one of"),
         *wrong("target_modules", [[], set(), "", ()], "target_modules is empty"),
         *wrong(
             "target_modules",
@@ -99,18 +102,11 @@ def test_the_defaults_are_the_papers_best_settings():
     assert config.dropout == 0.0
 
 
-def test_the_default_targets_are_query_key_value_and_output_of_unets_and_clip():
-    assert KronAConfig().target_modules == set(ATTENTION_PROJECTIONS)
-    assert set(ATTENTION_PROJECTIONS) == {
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "out_proj",
-    }
+def test_the_default_target_is_attention_and_words_for_presets_stay_words():
+    assert KronAConfig().target_modules == KronAConfig(target_modules=None).target_modules == "attention"
+    for word in PRESETS:
+        assert KronAConfig(target_modules=word).target_modules == word
+        assert KronAConfig(target_modules=word, layers_to_transform=[0]).target_modules == word
 
 
 @pytest.mark.parametrize("names", [["to_q", "to_k"], ("to_q", "to_k"), {"to_q", "to_k"}, frozenset({"to_q", "to_k"})])
@@ -167,6 +163,9 @@ def configs(draw: st.DrawFn) -> KronAConfig:
         a1=draw(whole),
         a2=draw(whole),
         alpha=draw(alphas),
+        num_terms=draw(whole),
+        b_rank=draw(st.none() | whole),
+        layout=draw(st.sampled_from(["kron", "transposed"])),
         target_modules=draw(st.none() | names | (patterns if layers is None else names.map(set))),
         exclude_modules=draw(st.none() | names | patterns),
         factor_pattern=draw(st.dictionaries(patterns, st.tuples(whole, whole), max_size=3)),

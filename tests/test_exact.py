@@ -83,18 +83,30 @@ def merges(draw: st.DrawFn) -> tuple[Tensor, list[Term]]:
     dtype = draw(dtypes)
     weight = draw(layouts)(difficult_weight(d, h, dtype, draw(seeds)))
     terms = []
-    for swapped, size in draw(st.lists(st.tuples(st.booleans(), update_sizes), min_size=1, max_size=3)):
+    kinds = st.tuples(st.booleans(), update_sizes, st.sampled_from(["kron", "transposed"]))
+    for swapped, size, layout in draw(st.lists(kinds, min_size=1, max_size=3)):
         shapes = ((b1, b2), (a1, a2)) if swapped else ((a1, a2), (b1, b2))
         A, B = (torch.randn(shape, dtype=arithmetic_dtype(dtype)) for shape in shapes)
-        terms.append((A * size, B))
+        terms.append(Term(A * size, B, layout))
     return weight, terms
+
+
+def dense(term: Term) -> Tensor:
+    """A ⊗ B, with its rows in the layout's order."""
+    product = torch.kron(term.A, term.B)
+    if term.layout == "kron":
+        return product
+    i, k = torch.meshgrid(torch.arange(len(term.A)), torch.arange(len(term.B)), indexing="ij")
+    reordered = torch.empty_like(product)
+    reordered[(k * len(term.A) + i).flatten()] = product
+    return reordered
 
 
 def rounded_sum(weight: Tensor, terms: list[Term]) -> Tensor:
     """weight + Σ A ⊗ B, densely: the updates summed in their order, then the weight, then one rounding."""
-    delta = torch.kron(*terms[0])
+    delta = dense(terms[0])
     for term in terms[1:]:
-        delta = delta + torch.kron(*term)
+        delta = delta + dense(term)
     return (delta + weight.to(delta.dtype)).to(weight.dtype)
 
 
@@ -117,14 +129,14 @@ def test_updates_are_computed_in_fp32_or_the_weights_own_wider_dtype(dtype, expe
 def test_merging_rounds_the_sum_once_and_unmerging_gives_back_every_bit(merge, entries):
     weight, terms = merge
     before, memory = weight.clone(), (weight.data_ptr(), weight.stride())
-    kept = [(A.clone(), B.clone()) for A, B in terms]
+    kept = [(A.clone(), B.clone()) for A, B, _ in terms]
     with chunks_of(entries):
         restoration = merge_(weight, terms)
         assert same_bits(weight, rounded_sum(before, terms))
         unmerge_(weight, terms, restoration)
     assert same_bits(weight, before)
     assert (weight.data_ptr(), weight.stride()) == memory
-    assert all(torch.equal(a, b) for old, new in zip(kept, terms, strict=True) for a, b in zip(old, new, strict=True))
+    assert all(torch.equal(a, b) for old, new in zip(kept, terms, strict=True) for a, b in zip(old, new, strict=False))
 
 
 @many
@@ -143,7 +155,7 @@ def test_folding_gives_the_same_bits_as_merging(merge, entries):
 @given(merge=merges())
 def test_the_merged_weight_is_the_float64_sum_to_its_own_rounding(merge):
     weight, terms = merge
-    deltas = [torch.kron(A.double(), B.double()) for A, B in terms]
+    deltas = [dense(Term(A.double(), B.double(), layout)) for A, B, layout in terms]
     exactly = weight.double() + sum(deltas)
     largest = weight.double().abs() + sum(delta.abs() for delta in deltas)
     dtype = weight.dtype
@@ -188,11 +200,11 @@ def test_a_layer_sized_weight_comes_back_bit_for_bit_for_every_size_of_update(dt
     torch.manual_seed(0)
     before = (torch.randn(160, 128, dtype=torch.float64) * 0.03).to(dtype)
     terms = [
-        (
+        Term(
             torch.randn(4, 64).to(arithmetic_dtype(dtype)) * size,
             torch.randn(40, 2).to(arithmetic_dtype(dtype)),
         ),
-        (
+        Term(
             torch.randn(8, 16).to(arithmetic_dtype(dtype)) * size,
             torch.randn(20, 8).to(arithmetic_dtype(dtype)),
         ),
@@ -208,10 +220,10 @@ def test_a_layer_sized_weight_comes_back_bit_for_bit_for_every_size_of_update(dt
 def test_plain_subtraction_would_not_restore_what_unmerging_restores():
     torch.manual_seed(0)
     before = (torch.randn(256, 256) * 0.03).bfloat16()
-    term = (torch.randn(4, 64) * 1e-2, torch.randn(64, 4))
+    term = Term(torch.randn(4, 64) * 1e-2, torch.randn(64, 4))
     weight = before.clone()
     restoration = merge_(weight, [term])
-    subtracted = (weight.float() - torch.kron(*term)).bfloat16()
+    subtracted = (weight.float() - dense(term)).bfloat16()
     assert not same_bits(subtracted, before)
     assert restoration.entries >= int((subtracted != before).sum()) > 0
 
@@ -222,8 +234,8 @@ def test_a_typical_merge_keeps_less_than_two_percent_of_the_weight(dtype):
     torch.manual_seed(0)
     before = (torch.randn(640, 640) * 0.03).to(dtype)
     A = torch.randn(4, 64)
-    terms = [(A * 1e-4, torch.randn(160, 10))]
-    assert float(torch.kron(*terms[0]).std()) == pytest.approx(1e-4, rel=0.1)
+    terms = [Term(A * 1e-4, torch.randn(160, 10))]
+    assert float(dense(terms[0]).std()) == pytest.approx(1e-4, rel=0.1)
     weight = before.clone()
     restoration = merge_(weight, terms)
     assert not same_bits(weight, before)
@@ -233,7 +245,7 @@ def test_a_typical_merge_keeps_less_than_two_percent_of_the_weight(dtype):
 def test_an_update_that_destroys_most_entries_keeps_no_more_than_the_weight():
     torch.manual_seed(0)
     before = torch.randn(64, 64).bfloat16() * 1e-3
-    terms = [(torch.full((8, 8), 1000.0), torch.randn(8, 8))]
+    terms = [Term(torch.full((8, 8), 1000.0), torch.randn(8, 8))]
     weight = before.clone()
     restoration = merge_(weight, terms)
     assert restoration.nbytes == weight.nbytes
@@ -245,7 +257,7 @@ def test_an_update_that_destroys_most_entries_keeps_no_more_than_the_weight():
 @pytest.mark.parametrize("size", [(0, 6), (6, 0)])
 def test_a_weight_without_entries_is_merged_and_unmerged(size):
     weight = torch.zeros(size)
-    terms = [(torch.ones(size[0] and 2, size[1] and 2), torch.ones(3, 3))]
+    terms = [Term(torch.ones(size[0] and 2, size[1] and 2), torch.ones(3, 3))]
     check_mergeable(weight, terms)
     restoration = merge_(weight, terms)
     assert restoration.nbytes == 0
@@ -256,7 +268,7 @@ def test_a_weight_without_entries_is_merged_and_unmerged(size):
 def layer_and_update(size: int, seed: int) -> tuple[Tensor, list[Term]]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(size, size, generator=generator, dtype=torch.float32).bfloat16()
-    return weight, [(torch.randn(4, 4, generator=generator) * 1e-2, torch.randn(size // 4, size // 4))]
+    return weight, [Term(torch.randn(4, 4, generator=generator) * 1e-2, torch.randn(size // 4, size // 4))]
 
 
 def test_a_merge_in_inference_mode_leaves_later_ones_outside_of_it_alone():
@@ -300,7 +312,10 @@ class LargestTensor(TorchDispatchMode):
 def test_no_temporary_of_merging_or_unmerging_is_as_large_as_the_weight():
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
-    terms = [(torch.randn(8, 8) * 1e-3, torch.randn(8, 8)), (torch.randn(4, 4), torch.randn(16, 16))]
+    terms = [
+        Term(torch.randn(8, 8) * 1e-3, torch.randn(8, 8)),
+        Term(torch.randn(4, 4), torch.randn(16, 16), "transposed"),
+    ]
     with chunks_of(128), mock.patch.object(exact, "_space", exact._Space()), LargestTensor(weight) as largest:
         unmerge_(weight, terms, merge_(weight, terms))
         fold_(weight, terms)
@@ -325,7 +340,7 @@ def test_one_entry_that_is_not_finite_refuses_the_merge_and_changes_nothing(valu
     {"A": A, "B": B, "weight": weight}[where][-1, -1] = value
     for entries in (7, 1 << 20):
         with chunks_of(entries):
-            unchanged_and_refused(weight, [(A, B)])
+            unchanged_and_refused(weight, [Term(A, B)])
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -336,7 +351,7 @@ def test_fp16_is_refused_exactly_where_rounding_reaches_infinity(sign):
     def term(update: float) -> list[Term]:
         A = torch.zeros(2, 2)
         A[-1, -1] = sign * update
-        return [(A, torch.ones(2, 2))]
+        return [Term(A, torch.ones(2, 2))]
 
     check_mergeable(weight, term(15.0))
     check_mergeable(weight, term(-65504.0))
@@ -346,9 +361,9 @@ def test_fp16_is_refused_exactly_where_rounding_reaches_infinity(sign):
 def test_an_overflow_of_the_arithmetic_itself_is_refused():
     weight = torch.zeros(4, 4)
     large = torch.full((2, 2), 1e30)
-    unchanged_and_refused(weight, [(large, large)])
+    unchanged_and_refused(weight, [Term(large, large)])
     # Each term fits, their sum does not; and what overflows on the way stays an infinity.
-    half = [(torch.full((2, 2), 1e19), torch.full((2, 2), 2e19))]
+    half = [Term(torch.full((2, 2), 1e19), torch.full((2, 2), 2e19))]
     check_mergeable(weight, half)
     unchanged_and_refused(weight, half * 2)
 
@@ -357,7 +372,7 @@ def test_an_overflow_of_the_arithmetic_itself_is_refused():
 @given(merge=merges(), entries=chunk_sizes, scale=st.sampled_from([1.0, 1e2, 1e4, 1e5, 1e19, 1e38]))
 def test_a_merge_is_refused_exactly_when_its_result_is_not_finite(merge, entries, scale):
     weight, terms = merge
-    terms = [(A * scale, B) for A, B in terms]
+    terms = [Term(A * scale, B, layout) for A, B, layout in terms]
     finite = bool(torch.isfinite(rounded_sum(weight, terms)).all())
     before = weight.clone()
     with chunks_of(entries):

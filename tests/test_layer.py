@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusekrona import KronAConfig, KronALayer
 from diffusekrona.errors import FactorShapeError, MergeError
-from diffusekrona.layer import linear_size
+from diffusekrona.layer import layer_size
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -195,6 +195,110 @@ class TestForward:
         torch.testing.assert_close(layer(x), model[0](x) + delta)
 
 
+forms = pytest.mark.parametrize(
+    "form",
+    [
+        {"num_terms": 3},
+        {"b_rank": 1},
+        {"layout": "transposed"},
+        {"num_terms": 2, "b_rank": 2},
+        {"num_terms": 2, "b_rank": 1, "layout": "transposed"},
+    ],
+    ids=str,
+)
+
+
+def entrywise(layer: KronALayer, name: str) -> Tensor:
+    """The dense update, entry by entry from the definitions in `KronAConfig`, in float64."""
+    A = layer.krona_A[name].detach().double().view(-1, *layer.krona_A[name].shape[-2:])
+    if name in layer.krona_B:
+        B = layer.krona_B[name].detach().double().view(-1, *layer.krona_B[name].shape[-2:])
+    else:
+        B1, B2 = (f[name].detach().double().view(len(A), *f[name].shape[-2:]) for f in (layer.krona_B1, layer.krona_B2))
+        B = torch.einsum("rkm,rml->rkl", B1, B2)
+    order = "rij,rkl->ikjl" if layer.layout[name] == "kron" else "rij,rkl->kijl"
+    return layer.scaling[name] * torch.einsum(order, A, B).reshape(layer.out_features, layer.in_features)
+
+
+class TestForms:
+    """Several terms, a B that is a product, and the layout of the paper's authors."""
+
+    @forms
+    @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
+    def test_the_output_and_all_gradients_are_those_of_the_dense_layer(self, form, lead):
+        layer = krona_layer("a", "b", alpha=0.7)
+        layer.update_layer("a", 3, 4, alpha=0.7, init_b="normal", **form)
+        layer.double()
+        layer.set_adapter(["a", "b"])
+        x = torch.randn(*lead, H, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        weight = layer.base_layer.weight + layer.get_delta_weight("a") + layer.get_delta_weight("b")
+        expected, y = functional.linear(x, weight, layer.base_layer.bias), layer(x)
+        target = torch.randn_like(expected)
+        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+        pairs = zip(torch.autograd.grad(y, leaves, target), torch.autograd.grad(expected, leaves, target), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+    @forms
+    def test_the_delta_weight_is_the_sum_that_the_definitions_give(self, form):
+        layer = KronALayer(nn.Linear(H, D))
+        layer.update_layer("default", 3, 4, alpha=0.7, init_b="normal", **form)
+        torch.testing.assert_close(
+            layer.get_delta_weight("default").double(), entrywise(layer, "default"), rtol=1e-5, atol=1e-6
+        )
+
+    @forms
+    @every_dtype
+    def test_merging_rounds_that_sum_once_and_unmerging_restores_every_bit(self, form, dtype):
+        layer = KronALayer(nn.Linear(H, D, dtype=dtype))
+        layer.update_layer("default", 3, 4, init_b="normal", **form)
+        before = layer.base_layer.weight.detach().clone()
+        expected = before.double() + entrywise(layer, "default")
+        layer.merge()
+        torch.testing.assert_close(layer.base_layer.weight.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        layer.unmerge()
+        assert same_bits(layer.base_layer.weight, before)
+
+    @forms
+    def test_shapes_count_what_is_trained_and_a_fresh_adapter_changes_nothing_and_learns(self, form):
+        layer = KronALayer(nn.Linear(H, D))
+        layer.update_layer("default", 3, 4, **form)
+        trained = layer.parameters_of("default")
+        assert layer.shapes("default").parameters == sum(p.numel() for p in trained.values())
+        assert {name.removeprefix("krona_"): tuple(p.shape) for name, p in trained.items()} == layer.shapes(
+            "default"
+        ).tensors
+        x = torch.randn(5, H)
+        y = layer(x)
+        assert torch.equal(y, layer.base_layer(x))
+        y.square().sum().backward()
+        assert any(bool(p.grad.any()) for p in trained.values())
+
+    @forms
+    def test_starting_anew_as_a_plain_adapter_leaves_nothing_behind(self, form):
+        layer = KronALayer(nn.Linear(H, D))
+        layer.update_layer("default", 3, 4, **form)
+        layer.update_layer("default", 2, 2)
+        assert set(layer.parameters_of("default")) == {"krona_A", "krona_B"}
+        assert layer.shapes("default").tensors == {"A": (2, 2), "B": (D // 2, H // 2)}
+        layer.delete_adapter("default")
+        assert not list(layer.krona_A) + list(layer.krona_B) + list(layer.krona_B1) + list(layer.layout)
+
+    def test_b_stays_whole_where_a_product_would_not_be_smaller(self):
+        layer = KronALayer(nn.Linear(H, D))
+        layer.update_layer("default", 3, 4, b_rank=1000)
+        assert set(layer.parameters_of("default")) == {"krona_A", "krona_B"}
+
+    def test_several_terms_take_the_fused_way_and_a_transposed_layout_does_not(self):
+        for form, fused in (({"num_terms": 2}, True), ({"b_rank": 1}, True), ({"layout": "transposed"}, False)):
+            layer = KronALayer(nn.Linear(H, D))
+            layer.update_layer("default", 3, 4, init_b="normal", **form)
+            layer.base_layer.requires_grad_(False)
+            y = layer(torch.randn(2, H))
+            assert ("LinearWithKron" in type(y.grad_fn).__name__) == fused
+
+
 class TestDropout:
     def test_zeroes_its_share_of_the_inputs_of_the_update_and_scales_the_others(self):
         """With A = 1 and B = I over a zero base, the output is what dropout leaves of the input."""
@@ -232,14 +336,14 @@ class TestDropout:
 
 class TestWrapping:
     @pytest.mark.parametrize(
-        "module", [nn.Conv2d(4, 4, 1), nn.Embedding(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.Bilinear(4, 4, 4)]
+        "module", [nn.Conv1d(4, 4, 1), nn.Embedding(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.Bilinear(4, 4, 4)]
     )
     def test_a_layer_that_is_not_linear_is_refused_by_its_class(self, module):
-        with pytest.raises(FactorShapeError, match=rf"a {type(module).__name__}, and KronA adapts linear layers only"):
+        with pytest.raises(FactorShapeError, match=rf"a {type(module).__name__}, and KronA adapts linear layers and"):
             KronALayer(module)
 
-    def test_linear_size_is_outputs_then_inputs(self):
-        assert linear_size(nn.Linear(3, 7)) == (7, 3)
+    def test_layer_size_is_outputs_then_inputs(self):
+        assert layer_size(nn.Linear(3, 7)) == (7, 3, ())
 
     @pytest.mark.parametrize(("a1", "a2", "text"), [(5, 4, "a1=5"), (3, 7, "a2=7")])
     def test_factors_that_do_not_fit_are_refused_before_anything_is_added(self, a1, a2, text):
@@ -267,8 +371,8 @@ class TestWrapping:
 
     def test_shapes_are_those_of_the_tensors(self):
         layer = krona_layer("a", "b")
-        assert layer.factor_shapes("a") == (3, 4, 4, 5)
-        assert layer.factor_shapes("b") == (2, 10, 6, 2)
+        assert layer.shapes("a").factors == (3, 4, 4, 5)
+        assert layer.shapes("b").factors == (2, 10, 6, 2)
         assert layer.krona_A["b"].shape == (2, 10)
         assert layer.krona_B["b"].shape == (6, 2)
 
@@ -289,7 +393,7 @@ class TestWrapping:
     def test_an_adapter_can_be_started_anew_with_other_factors(self):
         layer = krona_layer("a", "b")
         layer.update_layer("a", 2, 2, alpha=3.0)
-        assert layer.factor_shapes("a") == (2, 2, 6, 10)
+        assert layer.shapes("a").factors == (2, 2, 6, 10)
         assert layer.scaling["a"] == 3.0
         assert not layer.krona_B["a"].any()
         assert sorted(layer.krona_A) == ["a", "b"]

@@ -438,7 +438,7 @@ def sd3_output(model: nn.Module) -> torch.Tensor:
         ).sample
 
 
-@pytest.mark.parametrize(("build", "run", "layers"), [(flux, flux_output, 7), (sd3, sd3_output, 8)])
+@pytest.mark.parametrize(("build", "run", "layers"), [(flux, flux_output, 11), (sd3, sd3_output, 15)])
 @FORMS
 def test_a_pipeline_with_a_transformer(
     tmp_path: Path, build: Callable[[], nn.Module], run: Callable[[nn.Module], Any], layers: int, form: str

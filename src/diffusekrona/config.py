@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from .errors import ConfigError
+from .factors import Layout
 
 Init = Literal["zeros", "normal", "normal_sqrt", "kaiming_uniform", "xavier_uniform"]
 
-ATTENTION_PROJECTIONS = (
-    "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
-    "q_proj", "k_proj", "v_proj", "out_proj",  # CLIP text encoders
-)  # fmt: skip
+ATTENTION = "attention"
+PRESETS = (ATTENTION, "attention+ff", "cross-attention")
+"""Words that `target_modules` may be; `presets.py` says what they mean in a model."""
 
 
 class KronAPeftType(str, Enum):
@@ -38,9 +38,13 @@ class KronAConfig(PeftConfig):
         a1: rows of A; must divide the outputs of every targeted layer.
         a2: columns of A; must divide the inputs of every targeted layer.
         alpha: the scale s of the update.
+        num_terms: how many products are summed, ΔW = alpha · Σ A_r ⊗ B_r, each with factors of its own.
+        b_rank: ρ, to make B a product B1·B2 of b1 × ρ and ρ × b2 wherever that has fewer parameters, as LoKr does.
         target_modules: which layers to adapt: names, matched exactly or as a dotted suffix; or one regular expression
-            that must match a layer's whole name. Default: the attention projections of Diffusers UNets and
-            transformers (to_q, to_k, to_v, to_out.0) and of CLIP text encoders (q_proj, k_proj, v_proj, out_proj).
+            that must match a layer's whole name; or one of "attention" (the default: every linear layer of attention
+            in Diffusers UNets and transformers and in CLIP and T5 text encoders), "attention+ff" (also the
+            feed-forward layers, Appendix D.1), "cross-attention" and PEFT's "all-linear". What such a word means is
+            decided when the adapter is put into a model.
         exclude_modules: layers to leave out, named as in `target_modules`.
         factor_pattern: regular expression → (a1, a2) for the layers whose name, or whose dotted suffix, it matches;
             the first match counts. For example `{"to_k": (2, 32), r"mid_block\..*": (8, 64)}`.
@@ -54,6 +58,8 @@ class KronAConfig(PeftConfig):
         init_b: how B starts; the same names. "normal" has standard deviation 1/a2 for B, too.
         init_weights: True starts the factors as `init_a` and `init_b` say. False makes both random ("normal"), so that
             a test sees an update that is not zero.
+        layout: "kron" for ΔW = A ⊗ B. "transposed" for what the paper's authors' own code computes, which writes its
+            outputs in the order [b1, a1]: row i·b1 + k of A ⊗ B is row k·a1 + i of ΔW. Linear layers only.
         layers_to_transform: adapt only the layers with these indices in their name.
         layers_pattern: name of the list that `layers_to_transform` counts in.
         modules_to_save: modules that are trained in full and saved with the adapter.
@@ -65,8 +71,10 @@ class KronAConfig(PeftConfig):
     a1: int = field(default=4, metadata={"help": "Rows of A; must divide the layer's outputs."})
     a2: int = field(default=64, metadata={"help": "Columns of A; must divide the layer's inputs."})
     alpha: float = field(default=1.0, metadata={"help": "Scale s of the update s·A ⊗ B."})
+    num_terms: int = field(default=1, metadata={"help": "Products that are summed."})
+    b_rank: int | None = field(default=None, metadata={"help": "Rank of a B that is itself a product, as in LoKr."})
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Layers to adapt; default: the attention projections Q, K, V, O."}
+        default=ATTENTION, metadata={"help": "Layers to adapt; default: the attention projections Q, K, V, O."}
     )
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
     factor_pattern: dict[str, tuple[int, int]] = field(
@@ -78,6 +86,7 @@ class KronAConfig(PeftConfig):
     dropout: float = field(default=0.0, metadata={"help": "Probability of zeroing an input of the update."})
     init_a: Init = field(default="normal", metadata={"help": "How A starts."})
     init_b: Init = field(default="zeros", metadata={"help": "How B starts."})
+    layout: Layout = field(default="kron", metadata={"help": "Order of the outputs; 'kron' unless imported."})
     init_weights: bool = field(default=True, metadata={"help": "False makes both factors random, for tests."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "List the indices count in."})
@@ -87,7 +96,7 @@ class KronAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = KronAPeftType.KRONA
         if self.target_modules is None:
-            self.target_modules = set(ATTENTION_PROJECTIONS)
+            self.target_modules = ATTENTION
         self.target_modules = _names("target_modules", self.target_modules)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         if not self.target_modules:
@@ -110,7 +119,7 @@ class KronAConfig(PeftConfig):
                 _check_pattern("layers_pattern", pattern)
         if self.layers_to_transform is None:
             return
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+        if isinstance(self.target_modules, str) and self.target_modules.lower() not in (*PRESETS, "all-linear"):
             raise ConfigError(
                 "layers_to_transform does nothing where target_modules is a regular expression; put the indices "
                 "into the expression, or give target_modules as a list of names."
@@ -120,6 +129,12 @@ class KronAConfig(PeftConfig):
 
     def _check_factors(self) -> None:
         self.a1, self.a2 = _factor_pair("a1, a2", (self.a1, self.a2))
+        if not _is_whole(self.num_terms, 1):
+            raise ConfigError(f"num_terms must be a whole number of at least 1, not {self.num_terms!r}.")
+        if self.b_rank is not None and not _is_whole(self.b_rank, 1):
+            raise ConfigError(f"b_rank must be a whole number of at least 1, or None, not {self.b_rank!r}.")
+        if self.layout not in get_args(Layout):
+            raise ConfigError(f"layout must be one of {', '.join(get_args(Layout))}, not {self.layout!r}.")
         # JSON has no tuples, so a config that was saved comes back with lists.
         self.factor_pattern = {
             pattern: _factor_pair(f"factor_pattern[{pattern!r}]", pair)
@@ -159,7 +174,8 @@ def _names(field_name: str, value: Iterable[str] | str | None) -> set[str] | str
     if value is None:
         return None
     if isinstance(value, str):
-        _check_pattern(field_name, value)
+        if value not in PRESETS:
+            _check_pattern(field_name, value)
         return value
     return set(_name_list(field_name, value))
 

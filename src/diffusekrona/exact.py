@@ -12,15 +12,23 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import MergeError
+from .factors import Layout
 from .ops import KronRows
 
-Term = tuple[Tensor, Tensor]
-"""One adapter's part of an update: s·A and B, in the arithmetic's dtype. Kept for `unmerge_`, so never changed."""
+
+class Term(NamedTuple):
+    """One product of an update: s·A and B, in the arithmetic's dtype. Kept for `unmerge_`, so never changed."""
+
+    A: Tensor
+    B: Tensor
+    layout: Layout = "kron"
+
 
 MERGEABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -61,7 +69,7 @@ def check_mergeable(weight: Tensor, terms: list[Term]) -> None:
         return
     lowest, highest = weight.aminmax()
     bound = torch.maximum(-lowest, highest).to(arithmetic_dtype(weight.dtype))
-    for A, B in terms:
+    for A, B, _ in terms:
         bound = bound + A.abs().amax() * B.abs().amax()
     # Half of the range leaves room for the roundings; a NaN fails the comparison.
     if bool(bound < torch.finfo(weight.dtype).max / 2):
@@ -76,7 +84,7 @@ def merge_(weight: Tensor, terms: list[Term]) -> Restoration:
 
     Args:
         weight: d × h, fp16, bf16, fp32 or fp64.
-        terms: (s·A, B) pairs with a1·b1 = d and a2·b2 = h, in `arithmetic_dtype(weight.dtype)`.
+        terms: s·A and B with a1·b1 = d and a2·b2 = h, in `arithmetic_dtype(weight.dtype)`.
     """
     chunks = []
     for chunk in _chunks(weight, terms):
@@ -164,17 +172,14 @@ class _Chunk:
 
 
 def _chunks(weight: Tensor, terms: list[Term]) -> Iterator[_Chunk]:
-    """The weight in chunks of rows, those with the same rows of the first term's B after each other."""
-    (a1, _), (b1, _), h = terms[0][0].shape, terms[0][1].shape, weight.shape[1]
-    most = max(1, _CHUNK_ENTRIES // max(1, h))
-    b_rows, a_rows = min(b1, most), max(1, most // max(1, b1))
-    tiles, *memory = _space.buffers(weight, min(weight.numel(), b_rows * a_rows * h))
-    rows = [
-        KronRows(A.to(weight.device), B.to(weight.device), None if number else tiles)
-        for number, (A, B) in enumerate(terms)
-    ]
-    for k in range(0, b1, b_rows):
-        for i in range(0, a1, a_rows):
-            start = i * b1 + k
-            stop = start + a_rows * b1 if b_rows == b1 else i * b1 + min(k + b_rows, b1)
-            yield _Chunk(weight[start:stop], rows, start, tuple(memory))
+    """The weight in chunks of rows, those that share the first term's inner rows after each other."""
+    products = [KronRows(A.to(weight.device), B.to(weight.device), layout) for A, B, layout in terms]
+    outer, inner = products[0].outer_rows, products[0].inner_rows
+    most = max(1, _CHUNK_ENTRIES // max(1, weight.shape[1]))
+    inner_step, outer_step = min(inner, most), max(1, most // max(1, inner))
+    products[0].memory, *memory = _space.buffers(weight, min(weight.numel(), most * weight.shape[1]))
+    for k in range(0, inner, inner_step):
+        for i in range(0, outer, outer_step):
+            start = i * inner + k
+            stop = start + outer_step * inner if inner_step == inner else i * inner + min(k + inner_step, inner)
+            yield _Chunk(weight[start:stop], products, start, tuple(memory))

@@ -7,11 +7,13 @@ A ⊗ B with A of a1 × a2 and B of b1 × b2, a1·b1 = d and a2·b2 = h (paper, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .errors import FactorShapeError
 
 Order = Literal["A first", "B first"]
+Layout = Literal["kron", "transposed"]
 
 BALANCE = 25.0
 """Multiply-adds that a CPU does while it moves one tensor element; `benchmarks/speed.py` fits it to measurements."""
@@ -37,6 +39,60 @@ class FactorShapes(NamedTuple):
     def h(self) -> int:
         """Input features, a2·b2."""
         return self.a2 * self.b2
+
+
+@dataclass(frozen=True)
+class UpdateShapes:
+    """What one adapter trains in one layer, whose update is a sum of terms A ⊗ B.
+
+    Attributes:
+        factors: of every term.
+        num_terms: how many terms.
+        b_rank: ρ where B is a product B1·B2 of b1 × ρ and ρ × b2, as in LoKr; None where it is whole.
+        kernel: height and width of a convolution, which B's columns carry; () for a linear layer.
+    """
+
+    factors: FactorShapes
+    num_terms: int = 1
+    b_rank: int | None = None
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """A, and either B or B1 and B2, each with its size; with the terms in front where there are several."""
+        a1, a2, b1, _ = self.factors
+        terms = (self.num_terms,) if self.num_terms > 1 else ()
+        a = {"A": (*terms, a1, a2)}
+        if self.b_rank is None:
+            return a | {"B": (*terms, b1, self.b_columns)}
+        return a | {"B1": (*terms, b1, self.b_rank), "B2": (*terms, self.b_rank, self.b_columns)}
+
+    @property
+    def b_columns(self) -> int:
+        """Columns of B: b2, for a convolution times the size of its kernel."""
+        return self.factors.b2 * math.prod(self.kernel)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters: a1·a2 + b1·b2 for one term with a whole B (paper, Table 1)."""
+        return sum(map(math.prod, self.tensors.values()))
+
+    @property
+    def highest_rank(self) -> int:
+        """The rank that the update, a convolution's as a d × h·kernel matrix, can reach (paper, Theorem E.2)."""
+        a1, a2, b1, _ = self.factors
+        of_b = min(b1, self.b_columns, self.b_rank or b1)
+        return min(self.num_terms * min(a1, a2) * of_b, a1 * b1, a2 * self.b_columns)
+
+
+def update_shapes(
+    factors: FactorShapes, num_terms: int = 1, b_rank: int | None = None, kernel: tuple[int, ...] = ()
+) -> UpdateShapes:
+    """What an adapter of these settings trains in a layer. B is a product where that has fewer parameters."""
+    whole = UpdateShapes(factors, num_terms, None, kernel)
+    if b_rank is None or b_rank * (factors.b1 + whole.b_columns) >= factors.b1 * whole.b_columns:
+        return whole
+    return UpdateShapes(factors, num_terms, b_rank, kernel)
 
 
 def divisors(n: int) -> list[int]:
@@ -109,8 +165,7 @@ def _lokr_split(n: int, factor: int) -> tuple[int, int]:
 
 def krona_parameters(d: int, h: int, a1: int, a2: int) -> int:
     """Trainable parameters of KronA: a1·a2 + b1·b2 (paper, Table 1)."""
-    shapes = factor_shapes(d, h, a1, a2)
-    return shapes.a1 * shapes.a2 + shapes.b1 * shapes.b2
+    return UpdateShapes(factor_shapes(d, h, a1, a2)).parameters
 
 
 def lora_parameters(d: int, h: int, r: int) -> int:
@@ -136,8 +191,7 @@ def loha_parameters(d: int, h: int, r: int) -> int:
 
 def krona_rank(d: int, h: int, a1: int, a2: int) -> int:
     """Highest rank of A ⊗ B: min(a1, a2)·min(b1, b2) (paper, Theorem E.2)."""
-    shapes = factor_shapes(d, h, a1, a2)
-    return min(shapes.a1, shapes.a2) * min(shapes.b1, shapes.b2)
+    return UpdateShapes(factor_shapes(d, h, a1, a2)).highest_rank
 
 
 def lora_rank(d: int, h: int, r: int) -> int:
@@ -179,6 +233,13 @@ def cheapest_order(shapes: FactorShapes) -> Order:
     """The order of the two products of (A ⊗ B)x that needs fewer multiply-adds; A first on a tie."""
     a_first = krona_multiply_adds(shapes, "A first")
     return "A first" if a_first <= krona_multiply_adds(shapes, "B first") else "B first"
+
+
+def cheapest_conv_order(shapes: FactorShapes, kernel: int) -> Order:
+    """`cheapest_order` for a convolution of `kernel` taps that B carries, where it keeps the image's size."""
+    a1, a2, b1, b2 = shapes
+    a_first, b_first = a1 * b2 * (a2 + b1 * kernel), a2 * b1 * (b2 * kernel + a1)
+    return "A first" if a_first <= b_first else "B first"
 
 
 class StepCost(NamedTuple):

@@ -51,8 +51,7 @@ def _expected_factors(component: nn.Module, saved: SavedAdapter) -> dict[str, tu
                 f"{saved.source} does not fit this {type(component).__name__}, which is unchanged: "
                 f"{name}: {error}. It looks made for another architecture."
             ) from error
-        expected[f"{name}.{KronAModel.prefix}A"] = (shapes.a1, shapes.a2)
-        expected[f"{name}.{KronAModel.prefix}B"] = (shapes.b1, shapes.b2)
+        expected.update({f"{name}.{KronAModel.prefix}{factor}": size for factor, size in shapes.tensors.items()})
     return expected
 
 

@@ -23,14 +23,14 @@ def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """An adapter's own tensors in a model, by the names they are saved under.
 
-    These are `<layer>.krona_A` and `<layer>.krona_B`, and the whole state of each of its `modules_to_save`. A
-    layer under another adapter's has the name that it has without, so it loads where that adapter is not.
+    These are `<layer>.krona_A` and `<layer>.krona_B` (or `krona_B1` and `krona_B2`), and the whole state of each of
+    its `modules_to_save`. A layer under another adapter's has the name that it has without, so it loads where that
+    adapter is not.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, KronALayer) and adapter_name in module.krona_A:
-            tensors[f"{name}.krona_A"] = module.krona_A[adapter_name]
-            tensors[f"{name}.krona_B"] = module.krona_B[adapter_name]
+            tensors.update({f"{name}.{key}": factor for key, factor in module.parameters_of(adapter_name).items()})
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
             tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
@@ -39,7 +39,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def terms_to_merge(
     layers: Mapping[str, KronALayer], adapter_names: list[str] | None
-) -> list[tuple[KronALayer, dict[str, Term]]]:
+) -> list[tuple[KronALayer, dict[str, list[Term]]]]:
     """What merging these adapters, or each layer's active ones, would put into each layer's weight.
 
     Raises:

@@ -1,8 +1,9 @@
-"""KronALayer: wraps one linear layer and adds s · (A ⊗ B)x to its output."""
+"""KronALayer: wraps one linear layer and adds s · Σ (A ⊗ B)x to its output."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,45 +11,51 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import Init
-from .errors import FactorShapeError, MergeError
-from .exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype, check_mergeable, fold_, merge_, unmerge_
-from .factors import FactorShapes, factor_shapes
+from .errors import FactorShapeError
+from .exact import Restoration, Term, arithmetic_dtype
+from .factors import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
 from .fused import can_fuse, linear_with_kron
+from .merged import MergedWeight
 from .ops import kron_linear
 
 
 class KronALayer(nn.Module, BaseTunerLayer):
-    """A linear layer with any number of Kronecker adapters: y = base(x) + Σ s · (A ⊗ B)x over the active ones.
+    """A linear layer with any number of Kronecker adapters: y = base(x) + Σ s · (A ⊗ B)x over the active ones' terms.
 
     Args:
         base_layer: an `nn.Linear` of d outputs and h inputs, anything that behaves like one, or another adapter's
             layer around one. It stays frozen and is called as it is, so hooks and quantized weights keep working.
 
     Attributes:
-        krona_A: adapter name → A, a1 × a2.
-        krona_B: adapter name → B, (d/a1) × (h/a2).
+        krona_A: adapter name → A, a1 × a2; all terms' A's, one after the other, where there are several.
+        krona_B: adapter name → B, (d/a1) × (h/a2), likewise. A convolution's has a column for each tap of the kernel.
+        krona_B1: adapter name → B1, (d/a1) × ρ, where B is a product B1·B2; likewise.
+        krona_B2: adapter name → B2, ρ × (h/a2); likewise.
         alpha: adapter name → the scale chosen in its config.
         scaling: adapter name → the scale in force, alpha times the adapter's weight.
+        layout: adapter name → the order of its outputs, see `KronAConfig`.
 
     Raises:
         FactorShapeError: the base layer is not linear.
     """
 
-    adapter_layer_names = ("krona_A", "krona_B")
-    other_param_names = ("alpha", "scaling", "dropout")
+    adapter_layer_names = ("krona_A", "krona_B", "krona_B1", "krona_B2")
+    other_param_names = ("alpha", "scaling", "dropout", "layout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = linear_size(self.get_base_layer())
+        self.out_features, self.in_features, self.kernel = layer_size(self.get_base_layer())
         self.krona_A = nn.ParameterDict()
         self.krona_B = nn.ParameterDict()
+        self.krona_B1 = nn.ParameterDict()
+        self.krona_B2 = nn.ParameterDict()
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
+        self.layout: dict[str, Layout] = {}
         self.merged_adapters: list[str] = []
-        self._merged_terms: dict[str, Term] = {}
-        self._restoration: Restoration | None = None
+        self._weight = MergedWeight()
 
     def update_layer(
         self,
@@ -56,6 +63,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
         a1: int,
         a2: int,
         *,
+        num_terms: int = 1,
+        b_rank: int | None = None,
+        layout: Layout = "kron",
         alpha: float = 1.0,
         dropout: float = 0.0,
         init_a: Init = "normal",
@@ -64,17 +74,25 @@ class KronALayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, or start an existing one anew, with A of a1 × a2. Its factors are fp32 on the base's device.
 
+        What the other arguments mean: `KronAConfig`.
+
         Raises:
             FactorShapeError: a1 does not divide the outputs, or a2 the inputs.
         """
-        shapes = factor_shapes(self.out_features, self.in_features, a1, a2)
+        shapes = update_shapes(
+            factor_shapes(self.out_features, self.in_features, a1, a2), num_terms, b_rank, self.kernel
+        )
         device = self.weight.device
-        for factors, size in ((self.krona_A, (shapes.a1, shapes.a2)), (self.krona_B, (shapes.b1, shapes.b2))):
-            factors[adapter_name] = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
+        for key, factors in self._parameters_by_factor().items():
+            if adapter_name in factors:
+                del factors[adapter_name]
+            if key in shapes.tensors:
+                factor = torch.empty(shapes.tensors[key], device=device, dtype=torch.float32)
+                init_factor_(factor, init_of(key, init_a, init_b), shapes.factors)
+                factors[adapter_name] = nn.Parameter(factor)
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         self.dropout[adapter_name] = dropout
-        init_factor_(self.krona_A[adapter_name], init_a, shapes)
-        init_factor_(self.krona_B[adapter_name], init_b, shapes)
+        self.layout[adapter_name] = layout
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -89,12 +107,27 @@ class KronALayer(nn.Module, BaseTunerLayer):
     @property
     def r(self) -> dict[str, int]:
         """Adapter name → the rank its update can reach. Diffusers counts these to name a LoRA loaded on top."""
-        shapes = {name: self.factor_shapes(name) for name in self.krona_A}
-        return {name: min(s.a1, s.a2) * min(s.b1, s.b2) for name, s in shapes.items()}
+        return {name: self.shapes(name).highest_rank for name in self.krona_A}
 
-    def factor_shapes(self, adapter_name: str) -> FactorShapes:
-        """The shapes of one adapter's A and B."""
-        return FactorShapes(*self.krona_A[adapter_name].shape, *self.krona_B[adapter_name].shape)
+    def shapes(self, adapter_name: str) -> UpdateShapes:
+        """The shapes of what one adapter trains here."""
+        a1, a2 = self.krona_A[adapter_name].shape[-2:]
+        b_rank = self.krona_B1[adapter_name].shape[-1] if adapter_name in self.krona_B1 else None
+        factors = FactorShapes(a1, a2, self.out_features // a1, self.in_features // a2)
+        return UpdateShapes(factors, self.num_terms(adapter_name), b_rank, self.kernel)
+
+    def num_terms(self, adapter_name: str) -> int:
+        """How many products one adapter's update sums."""
+        A = self.krona_A[adapter_name]
+        return len(A) if A.dim() == 3 else 1
+
+    def parameters_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """What one adapter trains here: krona_A and krona_B, or krona_A, krona_B1 and krona_B2."""
+        factors = {f"krona_{key}": factors for key, factors in self._parameters_by_factor().items()}
+        return {name: factor[adapter_name] for name, factor in factors.items() if adapter_name in factor}
+
+    def _parameters_by_factor(self) -> dict[str, nn.ParameterDict]:
+        return {"A": self.krona_A, "B": self.krona_B, "B1": self.krona_B1, "B2": self.krona_B2}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = base(x) + Σ s · (A ⊗ B)x over the active adapters that are not merged.
@@ -110,8 +143,10 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             self.unmerge()
         base, names = self.base_layer, self._names_to_add()
-        if names and not args and not kwargs and not self._drops_out(names) and can_fuse(base, x):
-            return linear_with_kron(x, base.weight, base.bias, [self._scaled_factors(name) for name in names])
+        if names and not args and not kwargs and self._is_plain(names) and can_fuse(base, x):
+            return linear_with_kron(
+                x, base.weight, base.bias, [pair for n in names for pair in self._scaled_factors(n)]
+            )
         result: Tensor = base(x, *args, **kwargs)
         for name in names:
             result = result + self._delta(name, x).to(result.dtype)
@@ -122,25 +157,51 @@ class KronALayer(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.krona_A and name not in self.merged_adapters]
 
-    def _drops_out(self, names: list[str]) -> bool:
-        return self.training and any(self.dropout[name] for name in names)
+    def _is_plain(self, names: list[str]) -> bool:
+        return all(self.layout[name] == "kron" and not self._drops_out(name) for name in names)
+
+    def _drops_out(self, name: str) -> bool:
+        return self.training and self.dropout[name] > 0
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
-        if self._drops_out([name]):
+        """The update's part of the output, (..., d)."""
+        if self._drops_out(name):
             x = nn.functional.dropout(x, self.dropout[name])
-        A, B = self._scaled_factors(name)
-        return kron_linear(x, A.to(x.dtype), B.to(x.dtype))
+        pairs = [(A.to(x.dtype), B.to(x.dtype)) for A, B in self._scaled_factors(name)]
+        delta = sum_of(self._product(x, A, B) for A, B in pairs)
+        if self.layout[name] == "transposed":
+            a1, b1 = self.shapes(name).factors.a1, self.shapes(name).factors.b1
+            delta = delta.view(*x.shape[:-1], a1, b1).transpose(-1, -2).flatten(-2)
+        return delta
 
-    def _scaled_factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return kron_linear(x, A, B)
+
+    def _scaled_factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(s·A, B) of each term."""
         # The scale goes into the smaller factor, which is cheaper than touching x or the output.
-        A, scale = self.krona_A[name], self.scaling[name]
-        return A if scale == 1 else A * scale, self.krona_B[name]
+        scale = self.scaling[name]
+        return [(A if scale == 1 else A * scale, B) for A, B in self.factors(name)]
+
+    def factors(self, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each term, without the scale; a B that is a product multiplied out."""
+        A, B = self.krona_A[adapter_name], self._whole_b(adapter_name)
+        return [(A, B)] if A.dim() == 2 else list(zip(A.unbind(), B.unbind(), strict=True))
+
+    def _whole_b(self, name: str) -> Tensor:
+        whole = name in self.krona_B
+        B: Tensor = self.krona_B[name] if whole else torch.matmul(self.krona_B1[name], self.krona_B2[name])
+        return B
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense update s · A ⊗ B of one adapter, d × h, in the factors' dtype."""
+        """The dense update of one adapter, of the base weight's shape, in the factors' dtype."""
         # torch.kron refuses some factors that are not contiguous.
-        A, B = self.krona_A[adapter].contiguous(), self.krona_B[adapter].contiguous()
-        return torch.kron(A * self.scaling[adapter], B)
+        terms = ((A.contiguous(), B.contiguous()) for A, B in self._scaled_factors(adapter))
+        delta = sum_of(torch.kron(A, B) for A, B in terms)
+        if self.layout[adapter] == "transposed":
+            shapes = self.shapes(adapter).factors
+            delta = delta.unflatten(0, (shapes.a1, shapes.b1)).transpose(0, 1).flatten(0, 1)
+        return delta.view(self.out_features, self.in_features, *self.kernel)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is additive, so `peft.convert_to_lora` can approximate it."""
@@ -164,18 +225,20 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 self.scaling[name] = self.alpha[name] if scale is None else self.scaling[name] / scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold s · A ⊗ B of the named adapters, or of the active ones, into the base weight, in place.
+        """Fold the updates of the named adapters, or of the active ones, into the base weight, in place.
 
         The arithmetic is fp32 whatever the weight's dtype, the sum over all merged adapters is rounded once, and
         `unmerge` gives back the old weight bit for bit, also after the factors have changed. What others do to the
         weight in between is theirs to undo first: a cast, another tuner's merge, a second layer on the same weight.
+        A quantized weight is quantized anew, and the old one kept.
 
         Args:
             safe_merge: no effect: every merge is checked before it changes anything.
             adapter_names: which adapters; those already merged stay so.
 
         Raises:
-            MergeError: the result would not be finite, or the base weight is quantized. Nothing has changed then.
+            MergeError: the result would not be finite, or the base weight is quantized in a format that cannot be
+                written back. Nothing has changed then.
         """
         terms = self.merge_terms(check_adapters_to_merge(self, adapter_names))
         self.check_mergeable(terms)
@@ -191,9 +254,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = self.merged_adapters if adapter_names is None else adapter_names
-        self.set_merged({name: term for name, term in self._merged_terms.items() if name not in names})
+        self.set_merged({name: term for name, term in self.merged_terms.items() if name not in names})
 
-    @torch.no_grad()
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -207,94 +269,81 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if merge:
             terms = self.merge_terms(check_adapters_to_merge(self, adapter_names))
             self.check_mergeable(terms)
-            if terms.keys() != self._merged_terms.keys():
-                self.set_merged({})
-                fold_(self.weight, list(terms.values()))
+            self._weight.fold(self.get_base_layer(), terms)
         return self.get_base_layer()
 
-    def merge_terms(self, adapter_names: list[str]) -> dict[str, Term]:
+    @torch.no_grad()
+    def merge_terms(self, adapter_names: list[str]) -> dict[str, list[Term]]:
         """What would be merged if these adapters were merged now: the terms merged already, then the new ones."""
         names = [n for n in adapter_names if n in self.krona_A and n not in self.merged_adapters]
         dtype = arithmetic_dtype(self.weight.dtype)
-        with torch.no_grad():
-            # .to() would return the parameter itself where the dtype fits, and the terms must outlive its changes.
-            new = {
-                name: (
-                    self.krona_A[name].to(dtype) * self.scaling[name],
-                    self.krona_B[name].to(dtype, copy=True),
-                )
-                for name in names
-            }
-        return {**self._merged_terms, **new}
+        return {**self.merged_terms, **{name: self._terms(name, dtype) for name in names}}
 
-    @torch.no_grad()
-    def check_mergeable(self, terms: dict[str, Term]) -> None:
+    def _terms(self, name: str, dtype: torch.dtype) -> list[Term]:
+        # The terms must outlive changes of the parameters, which .to() would return where the dtype fits.
+        return [
+            Term(A.to(dtype) * self.scaling[name], B.to(dtype, copy=True), self.layout[name])
+            for A, B in self.factors(name)
+        ]
+
+    def check_mergeable(self, terms: dict[str, list[Term]]) -> None:
         """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
-        if terms.keys() == self._merged_terms.keys():
-            return
-        weight = self.weight
-        if weight.dtype not in MERGEABLE_DTYPES or weight.shape != (self.out_features, self.in_features):
-            raise MergeError(
-                f"the base layer, a {type(self.get_base_layer()).__name__}, keeps its weight as {weight.dtype} of "
-                f"shape {tuple(weight.shape)}; only plain weights of 16, 32 or 64 bits can be merged into, so load the "
-                "base unquantized"
-            )
-        before = self._merged_terms
-        self.set_merged({})
-        try:
-            check_mergeable(weight, list(terms.values()))
-        finally:
-            self.set_merged(before)
+        self._weight.check(self.get_base_layer(), terms)
 
     def check_unmergeable(self) -> None:
         """Raise `MergeError` if the weight was cast to another dtype while merged."""
-        dtype = self.weight.dtype
-        if self._restoration is not None and dtype != self._restoration.dtype:
-            raise MergeError(
-                f"the base weight was merged in {self._restoration.dtype} and is now {dtype}, so its original bits are "
-                "lost; cast only unmerged models"
-            )
+        self._weight.check_undoable(self.get_base_layer())
 
-    @torch.no_grad()
-    def set_merged(self, terms: dict[str, Term]) -> None:
+    def set_merged(self, terms: dict[str, list[Term]]) -> None:
         """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds."""
-        if terms.keys() == self._merged_terms.keys():
-            return
-        self.check_unmergeable()
-        weight = self.weight
-        if self._restoration is not None:
-            unmerge_(weight, list(self._merged_terms.values()), self._restoration)
-        self._restoration = merge_(weight, list(terms.values())) if terms else None
-        self._merged_terms = terms
+        self._weight.set(self.get_base_layer(), terms)
         self.merged_adapters = list(terms)
 
     @property
-    def merged_terms(self) -> dict[str, Term]:
+    def merged_terms(self) -> dict[str, list[Term]]:
         """Adapter name → what the base weight holds of it; empty while nothing is merged."""
-        return self._merged_terms
+        return self._weight.terms
 
     @property
     def restoration(self) -> Restoration | None:
         """What is kept to unmerge exactly; None while nothing is merged."""
-        return self._restoration
+        return self._weight.restoration
 
 
-def linear_size(layer: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer.
+def layer_size(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+    """(outputs, inputs, kernel) of a linear layer, whose kernel is (), or of a convolution.
 
     Raises:
-        FactorShapeError: the layer does not behave like `nn.Linear`.
+        FactorShapeError: the layer is neither, or a convolution in groups.
     """
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            raise FactorShapeError(
+                f"it is a convolution in {layer.groups} groups, and KronA needs one that has just one"
+            )
+        return layer.out_channels, layer.in_channels, tuple(layer.kernel_size)
     size = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
     if isinstance(size[0], int) and isinstance(size[1], int) and hasattr(layer, "weight"):
-        return size[0], size[1]
-    raise FactorShapeError(f"it is a {type(layer).__name__}, and KronA adapts linear layers only")
+        return size[0], size[1], ()
+    raise FactorShapeError(f"it is a {type(layer).__name__}, and KronA adapts linear layers and Conv2d only")
+
+
+def init_of(factor: str, init_a: Init, init_b: Init) -> Init:
+    """How a factor starts. Of a product B1·B2, B1 is random, so that B2 learns from the first step."""
+    if factor == "B1":
+        return "kaiming_uniform"
+    return init_a if factor == "A" else init_b
 
 
 @torch.no_grad()
 def init_factor_(factor: Tensor, init: Init, shapes: FactorShapes) -> None:
-    """Fill a factor of a layer of these shapes in place, as `KronAConfig` describes each name (Appendix D.2)."""
-    rows, columns = factor.shape
+    """Fill a factor of a layer of these shapes in place, as `KronAConfig` describes each name (Appendix D.2).
+
+    Args:
+        factor: its last two dimensions are rows and columns.
+        init: the name.
+        shapes: of A and B.
+    """
     if init == "zeros":
         factor.zero_()
     elif init == "normal":
@@ -302,5 +351,12 @@ def init_factor_(factor: Tensor, init: Init, shapes: FactorShapes) -> None:
     elif init == "normal_sqrt":
         factor.normal_(std=math.sqrt(min(shapes.d, shapes.h)))
     else:
+        rows, columns = factor.shape[-2:]
         bound = math.sqrt(6 / (columns if init == "kaiming_uniform" else rows + columns))
         factor.uniform_(-bound, bound)
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor or more."""
+    first, *rest = parts
+    return sum(rest, start=first)

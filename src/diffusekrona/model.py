@@ -12,10 +12,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import KronAConfig, KronAPeftType
+from .conv import KronAConv2d
 from .errors import AdapterNameError, FactorShapeError
-from .factors import FactorShapes, factor_shapes
+from .factors import UpdateShapes, factor_shapes, update_shapes
 from .injected import krona_layers, terms_to_merge, undone_on_error
-from .layer import KronALayer, linear_size
+from .layer import KronALayer, layer_size
+from .presets import resolved
 
 
 class KronAModel(BaseTuner):
@@ -49,7 +51,9 @@ class KronAModel(BaseTuner):
     ) -> None:
         """Put the adapter into every layer that its config, or else the given state dict, names."""
         with undone_on_error([model], adapter_name):
-            self._check_layers(model, self.peft_config[adapter_name], state_dict)
+            config = self.peft_config[adapter_name]
+            config.target_modules = resolved(config, model).target_modules
+            self._check_layers(model, config, state_dict)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def merge_and_unload(
@@ -89,12 +93,15 @@ class KronAModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         existing = _existing_layer(target)
-        layer = existing or KronALayer(target)
+        layer = existing or _layer_around(target)
         a1, a2 = layer_factors(config, current_key)
         layer.update_layer(
             adapter_name,
             a1,
             a2,
+            num_terms=config.num_terms,
+            b_rank=config.b_rank,
+            layout=config.layout,
             alpha=layer_alpha(config, current_key),
             dropout=config.dropout,
             init_a=config.init_a if config.init_weights else "normal",
@@ -118,18 +125,25 @@ def layer_alpha(config: KronAConfig, layer_name: str) -> float:
     return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer_name), config.alpha)
 
 
-def layer_shapes(config: KronAConfig, layer_name: str, layer: nn.Module) -> FactorShapes:
-    """Shapes of the factors that a config gives to a layer, itself or under other adapters.
+def layer_shapes(config: KronAConfig, layer_name: str, layer: nn.Module) -> UpdateShapes:
+    """What a config trains in a layer, itself or under other adapters.
 
     Raises:
-        FactorShapeError: the layer is not linear or its size is not divisible by its factors.
+        FactorShapeError: the layer is neither linear nor a convolution that can be adapted, its size is not divisible
+            by its factors, or the layout does not suit it.
     """
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    return factor_shapes(*linear_size(base), *layer_factors(config, layer_name))
+    d, h, kernel = layer_size(base)
+    if kernel and config.layout != "kron":
+        raise FactorShapeError(f"it is a {type(base).__name__}, and the layout {config.layout!r} is for linear layers")
+    return update_shapes(
+        factor_shapes(d, h, *layer_factors(config, layer_name)), config.num_terms, config.b_rank, kernel
+    )
 
 
 def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]:
     """The layers of a model that a config targets, by dotted name. Other adapters' insides do not count."""
+    config = resolved(config, model)
     named = dict(model.named_modules())
     inside = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))
     return {
@@ -137,6 +151,11 @@ def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]
         for name, module in named.items()
         if name and not name.startswith(inside) and KronAModel._check_target_module_exists(config, name)
     }
+
+
+def _layer_around(target: nn.Module) -> KronALayer:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return KronAConv2d(target) if isinstance(base, nn.Conv2d) else KronALayer(target)
 
 
 def _existing_layer(target: nn.Module) -> KronALayer | None:

@@ -15,16 +15,15 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from .components import adaptable_components, adapter_names, named_adapter
 from .factors import (
     BALANCE,
     FactorShapes,
     StepCost,
+    UpdateShapes,
     frozen_step,
-    krona_parameters,
-    krona_rank,
     krona_step,
     lokr_step,
     lora_parameters,
@@ -47,36 +46,50 @@ class LayerReport:
 
     Attributes:
         name: dotted name, with the component's in front.
-        shapes: of A and B.
-        rank: the rank the update has at any scale but 0, rank(A)·rank(B); None where the factors hold no values
-            (meta device) or not only finite ones.
+        update: what is trained here; `shapes` are those of A and B.
+        rank: the rank the update has at any scale but 0, rank(A)·rank(B), or for several terms the most that their
+            ranks allow; None where the factors hold no values (meta device) or not only finite ones.
     """
 
     name: str
-    shapes: FactorShapes
+    update: UpdateShapes
     rank: int | None
 
     @property
+    def shapes(self) -> FactorShapes:
+        """Of A and B, a convolution's B without its kernel."""
+        return self.update.factors
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """d × h of the weight, a convolution's with the kernel in h."""
+        return self.shapes.d, self.shapes.a2 * self.update.b_columns
+
+    @property
     def parameters(self) -> int:
-        """Trainable parameters, a1·a2 + b1·b2."""
-        return krona_parameters(self.shapes.d, self.shapes.h, self.shapes.a1, self.shapes.a2)
+        """Trainable parameters, a1·a2 + b1·b2 for one term."""
+        return self.update.parameters
 
     @property
     def lora_parameters(self) -> int:
         """What LoRA of rank 4 would train here."""
-        return lora_parameters(self.shapes.d, self.shapes.h, LORA_RANK)
+        return lora_parameters(*self.size, LORA_RANK)
 
     @property
     def highest_rank(self) -> int:
         """The rank the update can reach."""
-        return krona_rank(self.shapes.d, self.shapes.h, self.shapes.a1, self.shapes.a2)
+        return self.update.highest_rank
 
     def step_costs(self, tokens: int = TOKENS) -> dict[str, StepCost]:
         """What a training step of this layer takes without an adapter, with this one and with others."""
-        shapes, d, h = self.shapes, self.shapes.d, self.shapes.h
+        d, h = self.size
+        # A convolution counts as the linear layer that its unfolded image would go through.
+        shapes = self.shapes._replace(b2=self.update.b_columns)
+        frozen = frozen_step(d, h, tokens)
+        krona = krona_step(shapes, tokens, merged=merging_pays(shapes, tokens))
         return {
-            "frozen": frozen_step(d, h, tokens),
-            "KronA": krona_step(shapes, tokens, merged=merging_pays(shapes, tokens)),
+            "frozen": frozen,
+            "KronA": StepCost(*(f + (k - f) * self.update.num_terms for f, k in zip(frozen, krona, strict=True))),
             f"LoRA r={LORA_RANK}": lora_step(d, h, LORA_RANK, tokens),
             "LoKr factor 8": lokr_step(d, h, None, 8, tokens),
         }
@@ -164,7 +177,10 @@ class KronAReport:
         return str(text).rstrip()
 
     def _kinds(self) -> Iterator[tuple[str, list[LayerReport]]]:
-        for _, same in groupby(sorted(self.layers, key=lambda layer: layer.shapes), key=lambda layer: layer.shapes):
+        def kind(layer: LayerReport) -> tuple[FactorShapes, tuple[tuple[int, ...], ...]]:
+            return layer.shapes, tuple(layer.update.tensors.values())
+
+        for _, same in groupby(sorted(self.layers, key=kind), key=kind):
             layers = list(same)
             yield str(len(layers)), layers
 
@@ -183,7 +199,7 @@ def krona_report(model: Any, adapter_name: str | None = None) -> KronAReport:
     name = named_adapter(components, adapter_name)
     adapted = {part: module for part, module in components.items() if name in adapter_names(module)}
     layers = [
-        LayerReport(f"{part}.{layer_name}" if part else layer_name, layer.factor_shapes(name), _rank(layer, name))
+        LayerReport(f"{part}.{layer_name}" if part else layer_name, layer.shapes(name), _rank(layer, name))
         for part, module in adapted.items()
         for layer_name, layer in krona_layers(module).items()
         if name in layer.krona_A
@@ -213,22 +229,28 @@ def _predicted_steps(layers: list[LayerReport], tokens: int, balance: float) -> 
 
 
 def _rank(layer: KronALayer, name: str) -> int | None:
-    factors = (layer.krona_A[name].detach(), layer.krona_B[name].detach())
+    factors = [factor.detach() for factor in layer.parameters_of(name).values()]
     if any(factor.is_meta or not bool(factor.isfinite().all()) for factor in factors):
         return None
     # The product of the ranks is the update's rank: Theorem E.2.
-    ranks = [int(torch.linalg.matrix_rank(factor.float())) for factor in factors]
-    return ranks[0] * ranks[1]
+    ranks = [_matrix_rank(A) * _matrix_rank(B) for A, B in layer.factors(name)]
+    return min(sum(ranks), layer.shapes(name).highest_rank)
+
+
+def _matrix_rank(factor: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(factor.detach().float()))
 
 
 def _cells(layers: list[LayerReport]) -> list[str]:
-    shapes = layers[0].shapes
+    shapes, update = layers[0].shapes, layers[0].update
+    kernel = "".join(f" × {side}" for side in update.kernel)
+    through = "" if update.b_rank is None else f" × {update.b_rank}"
     ranks = sorted({layer.rank for layer in layers if layer.rank is not None})
     has = "–".join(map(str, ranks[:1] + ranks[1:][-1:])) or "?"
     return [
-        f"{shapes.d} × {shapes.h}",
-        f"{shapes.a1} × {shapes.a2}",
-        f"{shapes.b1} × {shapes.b2}",
+        f"{shapes.d} × {shapes.h}{kernel}",
+        (f"{update.num_terms} × " if update.num_terms > 1 else "") + f"{shapes.a1} × {shapes.a2}",
+        f"{shapes.b1}{through} × {shapes.b2}{kernel}",
         f"{sum(layer.parameters for layer in layers):,}",
         f"{sum(layer.lora_parameters for layer in layers):,}",
         f"{has} / {layers[0].highest_rank}",

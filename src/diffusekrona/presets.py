@@ -1,0 +1,88 @@
+"""What a word such as "attention" means for `target_modules` in a model: which names, which layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from diffusers.models.attention import FeedForward
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import ATTENTION, PRESETS, KronAConfig
+from .errors import ConfigError
+
+ATTENTION_LAYERS = (
+    "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
+    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",  # the text's side of joint attention
+    "q_proj", "k_proj", "v_proj", "out_proj",  # CLIP text encoders
+    "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",  # T5 text encoders
+)  # fmt: skip
+FEED_FORWARD_LAYERS = (
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",  # UNets and transformers
+    "mlp.fc1", "mlp.fc2",  # CLIP
+    "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",  # T5
+)  # fmt: skip
+
+
+def resolved(config: KronAConfig, model: nn.Module) -> KronAConfig:
+    """The config with names in place of a word in `target_modules`; itself where there is no word.
+
+    Beside the names that are common, these are all linear layers of what Diffusers gives an attention processor,
+    and for feed-forward those of its `FeedForward` modules and of FLUX's parallel blocks.
+
+    Raises:
+        ConfigError: cross-attention is asked for, and the model has none.
+    """
+    word = config.target_modules
+    if not isinstance(word, str) or word not in PRESETS:
+        return config
+    chosen = copy.copy(config)
+    if word == "cross-attention":
+        chosen.target_modules = set(_cross_attention_layers(model))
+        if not chosen.target_modules:
+            raise ConfigError(
+                f"The {type(model).__name__} has no cross-attention that Diffusers marks as such, as transformers with "
+                'joint attention have none; choose "attention", or name layers in target_modules.'
+            )
+        return chosen
+    chosen.target_modules = set(ATTENTION_LAYERS) | _not_ending_in(ATTENTION_LAYERS, _attention_layers(model))
+    if word != ATTENTION:
+        feed_forward = _not_ending_in(FEED_FORWARD_LAYERS, _feed_forward_layers(model))
+        chosen.target_modules |= set(FEED_FORWARD_LAYERS) | feed_forward
+    return chosen
+
+
+def _attention_layers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if hasattr(module, "processor") and hasattr(module, "set_processor"):
+            yield from _linear_layers(name, module)
+
+
+def _cross_attention_layers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if hasattr(module, "processor") and getattr(module, "is_cross_attention", False):
+            yield from _linear_layers(name, module)
+
+
+def _feed_forward_layers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, FeedForward):
+            yield from _linear_layers(name, module)
+        elif hasattr(module, "proj_mlp") and hasattr(module, "proj_out"):
+            yield from (f"{name}.proj_mlp", f"{name}.proj_out")
+
+
+def _linear_layers(prefix: str, module: nn.Module) -> Iterator[str]:
+    """Names of the linear layers in a module; one with adapters counts as one."""
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child.get_base_layer() if isinstance(child, BaseTunerLayer) else child, nn.Linear):
+            yield path
+        else:
+            yield from _linear_layers(path, child)
+
+
+def _not_ending_in(common: tuple[str, ...], names: Iterator[str]) -> set[str]:
+    endings = tuple(f".{name}" for name in common)
+    return {name for name in names if not f".{name}".endswith(endings)}
