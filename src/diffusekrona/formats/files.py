@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from ..errors import AdapterFileError
@@ -21,6 +26,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         AdapterFileError: the file is missing, unreadable, a pickle, truncated or corrupt.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of a safetensors file's tensors, and its header metadata, without reading the tensors.
+
+    Raises:
+        AdapterFileError: as in `read_safetensors`.
+    """
+    with _opened(path) as file:
+        return list(file.keys()), dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise AdapterFileError(f"{path} is not a file.")
     try:
@@ -30,8 +51,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         # torch.save writes a zip archive; older files start with pickle's protocol mark.
         if path.suffix in _PICKLE_SUFFIXES or start == b"PK\x03\x04" or start[:1] == b"\x80":
@@ -41,6 +61,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterFileError(
             f"{path} is not a complete safetensors file ({error}); it may be truncated or damaged, so fetch it again."
         ) from error
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with this header metadata. Equal contents give equal bytes."""
+    content = safetensors.save(_on_cpu(tensors))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    # safetensors writes several entries in random order, so the header is written anew.
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what follows the header in a file of these tensors, by which kohya's scripts know a file."""
+    content = safetensors.save(_on_cpu(tensors))
+    return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def write_whole(files: Mapping[Path, bytes]) -> None:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from ..config import KronAConfig, KronAPeftType
 from ..errors import AdapterFileError
-from .files import read_safetensors, write_whole
+from .files import read_names, read_safetensors, safetensors_bytes, write_whole
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -95,11 +94,32 @@ def read(path: Path) -> dict[str, SavedAdapter]:
     )
 
 
+def foreign_files(path: Path) -> dict[str, Path]:
+    """Other programs' files at a path, by component, "" for one that names its components itself; none if it is ours.
+
+    A folder may hold one file, or PEFT's folder for each component. What cannot be read is left to `read` to report.
+    """
+    if path.is_dir():
+        parts = _parts(path)
+        files = {part: path / part / WEIGHTS_NAME for part in (parts if "" not in parts else [""])}
+        found = sorted(path.glob("*.safetensors"))
+        files = files or ({"": found[0]} if len(found) == 1 else {})
+    else:
+        files = {"": path}
+    try:
+        return {} if any(map(_is_ours, files.values())) else files
+    except AdapterFileError:
+        return {}
+
+
+def _is_ours(path: Path) -> bool:
+    names, metadata = read_names(path)
+    return _HEADER in metadata or any(".krona_" in name for name in names)
+
+
 def _content(tensors: Mapping[str, Tensor], configs: Mapping[str, KronAConfig]) -> bytes:
     header = {"version": 1, "components": {part: config.to_dict() for part, config in configs.items()}}
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    # Just one entry: safetensors writes several in random order.
-    return safetensors.save(contiguous, {_HEADER: json.dumps(header, sort_keys=True)})
+    return safetensors_bytes(tensors, {_HEADER: json.dumps(header, sort_keys=True)})
 
 
 def _parts(folder: Path) -> list[str]:

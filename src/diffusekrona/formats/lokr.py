@@ -1,0 +1,115 @@
+"""LoKr files, as LyCORIS, PEFT and ComfyUI read and write them: ΔW = s · w1 ⊗ w2.
+
+Tensors    `<layer>.lokr_w1` (a1 × a2) and `<layer>.lokr_w2` (b1 × b2, or b1 × b2 × kernel for a convolution), or
+           either of them as a product of two: `lokr_w1_a` (a1 × r) and `lokr_w1_b` (r × a2), `lokr_w2_a` (b1 × r) and
+           `lokr_w2_b` (r × b2, or r × (b2·kernel)). With a Tucker core `lokr_t2` (r × r × kernel), `lokr_w2_a` is
+           r × b1 and `lokr_w2_b` r × b2.
+Scale      alpha / r where a factor is a product, r being w2's if both are. Two whole factors have no rank: LyCORIS,
+           ComfyUI and Diffusers then ignore `<layer>.alpha`. PEFT writes none, and always scales by its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .updates import LayerTensors, Update, flat, tucker
+
+PARTS = {f".lokr_{part}": part for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+"""End of a tensor's name → part."""
+
+Factors = tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]
+"""A, B and s of ΔW = s · A ⊗ B; B may be given as B1 (b1 × r) and B2 (r × b2), whose product it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoKr(Update):
+    """ΔW = scale · w1 ⊗ w2.
+
+    Attributes:
+        w1: a1 × a2, fp32.
+        w2: b1 × b2, fp32; a convolution's is b1 × b2 × kernel, or flat, b1 × (b2·kernel).
+        scale: s.
+        w2_parts: (b1 × r, r × b2), whose product w2 is, if the file holds it so.
+    """
+
+    kind: ClassVar[str] = "lokr"
+    w1: Tensor
+    w2: Tensor
+    scale: float
+    w2_parts: tuple[Tensor, Tensor] | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and s, such that ΔW = s · A ⊗ B."""
+        return self.w1, self.w2, self.scale
+
+    def delta(self) -> Tensor:
+        """(s · w1) ⊗ w2."""
+        kernel = (1,) * (self.w2.dim() - 2)
+        return torch.kron((self.scale * self.w1).reshape(*self.w1.shape, *kernel), self.w2)
+
+
+def read(layer: LayerTensors) -> LoKr:
+    """One layer of a LoKr file; products are computed in fp32.
+
+    Raises:
+        AdapterFileError: a factor is missing, not finite, or its parts do not fit each other.
+    """
+    w1, rank, _ = _factor(layer, "w1", (2,))
+    w2, w2_rank, parts = _factor(layer, "w2", (2, 3, 4, 5))
+    return LoKr(w1, w2, layer.scale(w2_rank or rank), parts, **layer.common())
+
+
+def _factor(
+    layer: LayerTensors, name: str, dims: tuple[int, ...]
+) -> tuple[Tensor, int | None, tuple[Tensor, Tensor] | None]:
+    """A factor, its rank if it is a product, and the two matrices it is a product of."""
+    left, right, core = f"{name}_a", f"{name}_b", name.replace("w", "t")
+    if name in layer.parts:
+        layer.check({left, right, core}.isdisjoint(layer.parts), *sorted(layer.parts))
+        return layer.matrix(name, dims), None, None
+    if core in layer.parts:
+        a, b, t = layer.matrix(left), layer.matrix(right), layer.matrix(core, (3, 4, 5))
+        layer.check(t.shape[:2] == (a.shape[0], b.shape[0]), core, left, right)
+        return tucker(t, a, b), b.shape[0], None
+    a, b = layer.matrix(left), layer.matrix(right, dims)
+    layer.check(a.shape[1] == b.shape[0], left, right)
+    return (a @ flat(b)).reshape(a.shape[0], *b.shape[1:]), b.shape[0], (a, b)
+
+
+def tensors(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The tensors of a LoKr file: layer, in the naming of the programs it is for → A, B and s.
+
+    w1 is s·A, and alpha is the rank, or 1 for whole factors, which have none: so programs that divide alpha by the
+    rank and programs that ignore it find the same ΔW, and LyCORIS, which merges products with its scale squared, too.
+    A B1·B2 whose rank is half of B's longer side or more is written as a whole, since LyCORIS and PEFT expect it so.
+    All are fp32 and on the CPU.
+
+    Args:
+        layers: A is a1 × a2; B is b1 × b2, or b1 × b2 × kernel for a convolution; as a product B1 is b1 × r and B2
+            r × b2, or r × b2 × kernel.
+    """
+    named: dict[str, Tensor] = {}
+    for layer, (A, B, scale) in layers.items():
+        rank = 1
+        if isinstance(B, tuple):
+            left, right = _stored(B[0]), _stored(B[1])
+            if 2 * left.shape[1] < max(left.shape[0], right.shape[1]):
+                rank = left.shape[1]
+                named[f"{layer}.lokr_w2_a"], named[f"{layer}.lokr_w2_b"] = left, flat(right)
+            else:
+                named[f"{layer}.lokr_w2"] = (left @ flat(right)).reshape(len(left), *right.shape[1:])
+        else:
+            named[f"{layer}.lokr_w2"] = _stored(B)
+        named[f"{layer}.lokr_w1"] = scale * _stored(A)
+        named[f"{layer}.alpha"] = torch.tensor(float(rank))
+    return named
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    # A copy, since safetensors saves no two tensors that share memory.
+    return tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)

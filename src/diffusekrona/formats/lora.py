@@ -1,0 +1,84 @@
+"""LoRA files, as kohya's scripts, LyCORIS, PEFT, Diffusers and ComfyUI read and write them: ΔW = s · up · down.
+
+Tensors    up (d × r) and down (r × h, or r × h × kernel for a convolution, whose up is d × r × 1 × 1), named
+           `<layer>.lora_up.weight` and `<layer>.lora_down.weight` by kohya and LyCORIS, `<layer>.lora_B.weight` and
+           `<layer>.lora_A.weight` by PEFT and Diffusers, and by older Diffusers as in `PROCESSOR_PARTS`.
+           With LyCORIS' Tucker core `<layer>.lora_mid.weight` (r × r × kernel), down is r × h × 1 × 1.
+Scale      alpha / r with the layer's own `<layer>.alpha`; or as PEFT's config in the header says; or else 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .updates import LayerTensors, Update, flat, tucker
+
+PARTS = {
+    ".lora_up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_mid.weight": "mid",
+    ".lora_B.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A.default.weight": "down",
+}
+"""End of a tensor's name → part."""
+
+PROCESSOR_PARTS = {
+    f"{style}.{part}.weight": part
+    for style in ("_lora", ".lora", ".lora_layer", ".lora_linear_layer")
+    for part in ("up", "down")
+}
+"""The same for older Diffusers, whose attention processors held the adapters: `….processor.to_q_lora.up.weight`.
+
+The paper's authors kept these names for factors of other shapes: see `reference`.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA(Update):
+    """ΔW = scale · up · down, or with a Tucker core scale · Σ mid[m, n, …] · up[i, m] · down[n, j].
+
+    Attributes:
+        up: d × r, or d × r × 1 × 1.
+        down: r × h, or r × h × kernel.
+        scale: s.
+        mid: the Tucker core, r × r × kernel, or None.
+    """
+
+    kind: ClassVar[str] = "lora"
+    up: Tensor
+    down: Tensor
+    scale: float
+    mid: Tensor | None = None
+
+    def delta(self) -> Tensor:
+        """ΔW, computed in fp32: d × h, or d × h × kernel."""
+        up, down = flat(self.up.float()), self.down.float()
+        if self.mid is not None:
+            return self.scale * tucker(self.mid.float(), up.T, flat(down))
+        return self.scale * (up @ flat(down)).reshape(up.shape[0], *down.shape[1:])
+
+
+def read(layer: LayerTensors) -> LoRA:
+    """One layer of a LoRA file.
+
+    Raises:
+        AdapterFileError: a factor is missing, not finite, or they do not fit each other.
+    """
+    dims = (2, 3, 4, 5)
+    up, down = layer.matrix("up", dims), layer.matrix("down", dims)
+    mid = layer.matrix("mid", dims[1:]) if "mid" in layer.parts else None
+    layer.check(flat(up).shape[1] == up.shape[1] == (down if mid is None else mid).shape[0], "up", "down", "mid")
+    if mid is not None:
+        layer.check(mid.shape[1] == down.shape[0] and flat(down).shape[1] == down.shape[1], "mid", "down")
+    return LoRA(
+        layer.parts["up"],
+        layer.parts["down"],
+        layer.scale(down.shape[0]),
+        layer.parts.get("mid"),
+        **layer.common(),
+    )
