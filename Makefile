@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/diffusekrona demo
 
-test: .venv/ready
+test: .venv/ready .venv/quantized
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: .venv/ready
@@ -28,6 +28,12 @@ base: .venv/ready
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt torch
 	@echo "Making .venv: the rest"
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Apart, since the libraries that depend on torchao load it and log much about it wherever it is installed.
+.venv/quantized: .venv/ready
+	@echo "Making .venv: bitsandbytes, torchao and quanto, for the tests"
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,quantized]'
 	@touch $@
 
 clean:

@@ -211,3 +211,63 @@ def test_ctrl_c_ends_with_one_line_and_the_usual_code(base, images, tmp_path, mo
 
 def test_help_names_the_commands():
     assert {"train", "generate"} <= set(run("--help").stdout.split())
+
+
+# inspect, convert, merge
+
+
+def test_inspect_says_what_a_file_is_and_what_it_can_become(adapter, tmp_path, base):
+    text = run("inspect", adapter).stdout
+    assert "KronA, 56 layers" in text
+    assert "4 × 64" in text or "⊗" in text
+    assert "Can become KronA, LoKr: exactly" in text
+    run("convert", adapter, tmp_path / "lokr.safetensors", "--to", "lokr", "--model", base)
+    text = run("inspect", tmp_path / "lokr.safetensors", "--every-layer").stdout
+    assert "LoKr, 56 layers" in text
+    assert "lora_unet_" in text
+    assert "ss_network_module: lycoris.kohya" in text
+
+
+def test_convert_says_whether_it_was_exact_and_how_near_it_came(adapter, tmp_path, base):
+    text = run("convert", adapter, tmp_path / "lokr.safetensors", "--to", "lokr-diffusers", "--model", base).stdout
+    assert "exactly the same updates" in text
+    text = run("convert", adapter, tmp_path / "small", "--model", base, "--budget", 0.9).stdout
+    assert re.search(r"relative error 0\.\d+", text)
+    assert "Largest error of a layer" in text
+    text = run("convert", adapter, tmp_path / "other", "--model", base, "--factors", "2,2").stdout
+    assert "relative error" in text
+
+
+def test_extract_finds_what_a_fine_tune_changed(adapter, tmp_path, base):
+    run("merge", base, adapter, tmp_path / "tuned")
+    text = run("extract", base, tmp_path / "tuned", tmp_path / "found", "--factors", "4,64").stdout
+    assert "56 layers" in text
+    assert "relative error 0.00" in text
+    assert "either factors" in fail("extract", base, tmp_path / "tuned", tmp_path / "x")
+
+
+def test_merge_writes_a_pipeline_that_draws_as_the_adapter_does(adapter, tmp_path, base):
+    assert "56 layers changed" in run("merge", base, adapter, tmp_path / "merged").stdout
+    run("generate", "--base", tmp_path / "merged", "--output", tmp_path / "a", *GENERATE)
+    run("generate", "--base", base, "--adapter", adapter, "--output", tmp_path / "b", *GENERATE)
+    merged, adapted = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert merged.keys() == adapted.keys()
+    assert all(np.abs(picture - adapted[name]).max() <= 1 for name, picture in merged.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["inspect", "nothing.safetensors"], "does not exist"),
+        (["convert", "ADAPTER", "out", "--factors", "4"], "--factors takes A1,A2, such as 4,64, not '4'"),
+        (["convert", "ADAPTER", "out", "--num-terms", "2"], "--num-terms needs --factors or --budget"),
+        (["convert", "ADAPTER", "out", "--factors", "2,2", "--budget", "0.5"], "either factors"),
+        (["convert", "ADAPTER", "out"], "fits none of sdxl, sd15"),
+        (["merge", "nothing", "ADAPTER", "out"], "nothing"),
+    ],
+)
+def test_inspect_convert_and_merge_end_with_one_line_where_something_is_wrong(arguments, text, adapter, tmp_path):
+    given = [adapter if argument == "ADAPTER" else argument for argument in arguments]
+    result = run(*[tmp_path / "out" if argument == "out" else argument for argument in given], code=1)
+    assert text in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -43,3 +43,24 @@ def test_a_script_trains_and_saves_with_three_lines_and_another_generates_with_t
     )
     with Image.open(picture) as image:
         assert image.size == (64, 64)
+
+
+def test_an_adapter_is_written_for_comfyui_and_a_lokr_file_is_generated_with(tmp_path: Path) -> None:
+    adapter, lokr, picture = tmp_path / "my-toy", tmp_path / "lokr.safetensors", tmp_path / "picture.png"
+    run("train.py", "--images", str(ROOT / "examples" / "toy-bear"), "--output", str(adapter), "--steps", "1")
+    assert "wrote" in run("comfyui.py", "--adapter", str(adapter), "--output", str(lokr))
+    with safe_open(lokr, framework="pt") as file:
+        assert any(key.startswith("lora_unet_") and key.endswith(".lokr_w1") for key in file.keys())  # noqa: SIM118
+    for file in (lokr, ROOT / "examples" / "toy-bear-lora"):
+        printed = run("load_lokr.py", "a sks toy", "--lokr", str(file), "--output", str(picture), "--steps", "1")
+        assert ("Merging it instead" in printed) == (file != lokr)
+        with Image.open(picture) as image:
+            assert image.size == (64, 64)
+        picture.unlink()
+
+
+def test_a_lora_is_turned_into_kronecker_adapters_and_a_sheet_shows_them(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    printed = run("lora_to_krona.py", "--output", str(output), "--shares", "0.2", "0.1", "--terms", "1", "--steps", "1")
+    assert printed.count("relative error 0.") == 2
+    assert {path.name for path in output.iterdir()} == {"krona-0.2", "krona-0.1", "sheet.png"}

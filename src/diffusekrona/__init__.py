@@ -5,6 +5,7 @@ The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `fa
 """
 
 from .config import KronAConfig
+from .folding import merge_file
 from .layer import KronALayer
 from .model import KronAModel
 from .ops import kron_linear
@@ -20,6 +21,7 @@ __all__ = [
     "kron_linear",
     "krona_report",
     "load_krona",
+    "merge_file",
     "merge_krona",
     "save_krona",
     "unload_krona",

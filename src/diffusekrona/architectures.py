@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from .errors import KronAError
 
@@ -34,12 +34,28 @@ _SD15_TEXT_ENCODER: dict[str, Any] = {
     "projection_dim": 768,
 }
 
+_SDXL_TEXT_ENCODER_2: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "sdxl": lambda: UNet2DConditionModel(**_SDXL_UNET),
     "sd15": lambda: UNet2DConditionModel(**_SD15_UNET),
     "sd15-text-encoder": lambda: CLIPTextModel(CLIPTextConfig(**_SD15_TEXT_ENCODER)),
+    "sdxl-text-encoder-2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_SDXL_TEXT_ENCODER_2)),
 }
-"""Name → builder: the SDXL UNet, and the UNet and text encoder of Stable Diffusion 1.x."""
+"""Name → builder: the SDXL UNet and its second text encoder, and the UNet and text encoder of Stable Diffusion 1.x."""
+
+PIPELINES: dict[str, dict[str, str]] = {
+    "sdxl": {"unet": "sdxl", "text_encoder": "sd15-text-encoder", "text_encoder_2": "sdxl-text-encoder-2"},
+    "sd15": {"unet": "sd15", "text_encoder": "sd15-text-encoder"},
+}
+"""Pipeline → its adaptable components, each by its name in `ARCHITECTURES`."""
 
 
 def build(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -57,3 +73,14 @@ def build(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -
             return ARCHITECTURES[name]()
     finally:
         torch.set_default_dtype(default)
+
+
+def build_pipeline(name: str) -> dict[str, nn.Module]:
+    """The adaptable components of one of `PIPELINES`, without weights.
+
+    Raises:
+        KronAError: no pipeline has that name.
+    """
+    if name not in PIPELINES:
+        raise KronAError(f"No pipeline is named {name!r}; there are: {', '.join(PIPELINES)}.")
+    return {part: build(architecture) for part, architecture in PIPELINES[name].items()}

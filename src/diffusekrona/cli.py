@@ -16,14 +16,20 @@ from rich.filesize import decimal
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from .architectures import ARCHITECTURES, build
+from .architectures import ARCHITECTURES, PIPELINES, build
 from .base import default_device, load_base
-from .config import KronAConfig
+from .checkpoints import merge_into_files
+from .config import ATTENTION, KronAConfig
+from .conversion import Conversion, Target
+from .conversion import convert as convert_file
 from .demo.run import TRAINING as DEMO_TRAINING
 from .demo.run import DemoPaths, run_demo
 from .demo.table import rich_table
 from .errors import KronAError
+from .exporting import Format
+from .finetune import extract as extract_adapter
 from .generation import generate_images
+from .inspection import METHODS, inspect_file
 from .pipeline import inject_krona, load_krona, merge_krona, save_krona
 from .progress import errors, progress, training_progress
 from .report import krona_report
@@ -221,6 +227,106 @@ def params(
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter file or folder, of any program.")],
+    every_layer: Annotated[bool, typer.Option(help="One row per layer, not per kind of layer.")] = False,
+) -> None:
+    """Say what an adapter file is: method, shapes, ranks, norms, header, and what it can be converted to."""
+    found = inspect_file(file)
+    console.print(
+        f"{escape(str(file))}: {METHODS[found.kind]}, {len(found.layers)} layers, {found.parameters:,} parameters, "
+        f"norm {found.norm:.4g}",
+        soft_wrap=True,
+    )
+    console.print(found.table(every_layer))
+    for key, value in sorted(found.metadata.items()):
+        console.print(escape(f"{key}: {value}"), soft_wrap=True)
+    for become in found.becomes:
+        console.print(f"Can become {become}", soft_wrap=True)
+
+
+ToFormat = Annotated[
+    Format, typer.Option(help="krona; lokr, for kohya's scripts, ComfyUI and their kin; or lokr-diffusers.")
+]
+Factors = Annotated[
+    str | None, typer.Option(metavar="A1,A2", help="Approximate by the nearest Kronecker products of these factors.")
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(help="Approximate with factors chosen by this many parameters; up to 1, a share of the source's."),
+]
+Terms = Annotated[
+    int | None,
+    typer.Option(show_default="1; within a budget, the best", help="Products to sum where it approximates."),
+]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter file or folder, of any program.")],
+    output: Annotated[
+        Path, typer.Argument(help="What to write: a file that ends in .safetensors; KronA's also a folder.")
+    ],
+    to: ToFormat = "krona",
+    model: Annotated[
+        str | None,
+        typer.Option(show_default="found out", help=f"{', '.join(PIPELINES)}, or the base's folder."),
+    ] = None,
+    factors: Factors = None,
+    budget: Budget = None,
+    num_terms: Terms = None,
+) -> None:
+    """Write an adapter in another format: exactly, or with --factors or --budget by the nearest Kronecker products."""
+    target = _target(factors, budget, num_terms) if factors is not None or budget is not None else None
+    if target is None and num_terms is not None:
+        raise KronAError("--num-terms needs --factors or --budget.")
+    with progress("Approximating", total=None) as show:
+        result = convert_file(
+            source, output, to, model, target, on_layer=lambda done, total: show(completed=done, total=total)
+        )
+    _print_conversion(output, result)
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="The base's folder, in Diffusers' layout.")],
+    tuned: Annotated[Path, typer.Argument(help="The same after a full fine-tune.")],
+    output: Annotated[Path, typer.Argument(help="What to write; see convert.")],
+    to: ToFormat = "krona",
+    target_modules: Annotated[
+        str, typer.Option(help="Which layers: attention, attention+ff, cross-attention, or a regular expression.")
+    ] = ATTENTION,
+    factors: Factors = None,
+    budget: Budget = None,
+    num_terms: Terms = None,
+) -> None:
+    """Write a full fine-tune as an adapter: the nearest Kronecker products to what it changed."""
+    with progress("Approximating", total=None) as show:
+        result = extract_adapter(
+            base,
+            tuned,
+            output,
+            _target(factors, budget, num_terms),
+            to,
+            target_modules,
+            on_layer=lambda done, total: show(completed=done, total=total),
+        )
+    _print_conversion(output, result)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A pipeline's folder, or a checkpoint file of SDXL or SD 1.x.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter file or folder, of any program.")],
+    output: Annotated[Path, typer.Argument(help="What to write, a folder or file as the base is.")],
+    weight: Annotated[float, typer.Option(help="Strength of the adapter.")] = 1.0,
+) -> None:
+    """Write a model with an adapter merged into its weights, for good."""
+    layers = merge_into_files(base, adapter, output, weight)
+    console.print(f"Wrote {escape(str(output))}: {layers} layers changed", soft_wrap=True)
+
+
+@app.command()
 def demo(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")] = DemoPaths.base,
     judge: Annotated[Path, typer.Option(help="Folder of the classifier.")] = DemoPaths.judge,
@@ -243,6 +349,28 @@ def _factor_pattern(options: list[str]) -> dict[str, tuple[int, int]]:
             raise KronAError(f'--factors takes REGEX=A1,A2, such as "to_k|to_v=2,32", not {option!r}.')
         pattern[found[1].strip()] = (int(found[2]), int(found[3]))
     return pattern
+
+
+def _target(factors: str | None, budget: float | None, num_terms: int | None) -> Target:
+    return Target(None if factors is None else _pair(factors), budget, num_terms)
+
+
+def _print_conversion(output: Path, result: Conversion) -> None:
+    console.print(
+        f"Wrote {escape(str(output))}: {result.layers} layers, {result.parameters:,} parameters, "
+        + (f"relative error {result.total_error:.4f}" if result.errors else "exactly the same updates"),
+        soft_wrap=True,
+    )
+    if result.errors:
+        worst = max(result.errors, key=lambda name: result.errors[name])
+        console.print(f"Largest error of a layer: {result.errors[worst]:.4f}, {escape(worst)}", soft_wrap=True)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if found is None:
+        raise KronAError(f"--factors takes A1,A2, such as 4,64, not {text!r}.")
+    return int(found[1]), int(found[2])
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

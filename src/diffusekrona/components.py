@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .config import KronAConfig
 from .errors import AdapterNameError, KronAError
@@ -67,9 +68,17 @@ def is_denoiser(component: str) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that adapters go into, without torch.compile's or PEFT's wrapper."""
-    module = getattr(module, "_orig_mod", module)
+    """The module that adapters go into, without the wrappers of torch.compile, of distributed training and of PEFT."""
+    while (inner := _wrapped(module)) is not None:
+        module = inner
     return module.get_base_model() if isinstance(module, PeftModel) else module
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    inner = getattr(module, "_orig_mod", None)
+    if isinstance(module, (DataParallel, DistributedDataParallel)):
+        inner = module.module
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def adapter_names(component: nn.Module) -> list[str]:

@@ -168,6 +168,11 @@ def krona_parameters(d: int, h: int, a1: int, a2: int) -> int:
     return UpdateShapes(factor_shapes(d, h, a1, a2)).parameters
 
 
+def fewest_parameters(d: int, h: int) -> int:
+    """Trainable parameters of KronA with the factors that have the fewest."""
+    return min(krona_parameters(d, h, a1, a2) for a1, a2 in legal_factors(d, h))
+
+
 def lora_parameters(d: int, h: int, r: int) -> int:
     """Trainable parameters of LoRA: r(d + h) (paper, Table 1)."""
     return r * (d + h)

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import KronAConfig
 from .errors import MergeError
 from .exact import Term
-from .layer import KronALayer
+from .layer import KronALayer, layers_beneath
 
 
 def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
@@ -20,17 +21,18 @@ def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, KronALayer)}
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, adapter_name: str, *, here: bool = False) -> dict[str, Tensor]:
     """An adapter's own tensors in a model, by the names they are saved under.
 
     These are `<layer>.krona_A` and `<layer>.krona_B` (or `krona_B1` and `krona_B2`), and the whole state of each of
     its `modules_to_save`. A layer under another adapter's has the name that it has without, so it loads where that
-    adapter is not.
+    adapter is not. With `here`, factors that are offloaded come as what they hold, not as the parameters.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, KronALayer) and adapter_name in module.krona_A:
-            tensors.update({f"{name}.{key}": factor for key, factor in module.parameters_of(adapter_name).items()})
+            factors = module.factors_here(adapter_name) if here else module.parameters_of(adapter_name)
+            tensors.update({f"{name}.{key}": factor for key, factor in factors.items()})
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
             tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
@@ -54,6 +56,18 @@ def terms_to_merge(
             raise MergeError(f"{name}: {error}. Nothing was merged.") from error
         planned.append((layer, terms))
     return planned
+
+
+def merge_beneath_others(model: nn.Module, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Merge the layers beneath those of other methods, which PEFT would drop when it merges and unloads a model."""
+    seen: set[Any] = set()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer not in seen:
+            beneath = list(layers_beneath(layer))
+            seen.update(beneath)
+            if not isinstance(layer, KronALayer):  # which merges what is beneath it itself
+                for one in beneath:
+                    one.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
 @contextmanager

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from .config import Init
 from .errors import FactorShapeError
-from .exact import Restoration, Term, arithmetic_dtype
+from .exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
 from .factors import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
 from .fused import can_fuse, linear_with_kron
 from .merged import MergedWeight
-from .ops import kron_linear
+from .ops import dense_update, kron_linear, sum_of
+from .quantized import Original
+
+
+class Factors(nn.ParameterDict):
+    """One kind of factor: adapter name → parameter. What offloads weights hooks into its call, as into any module's."""
+
+    def forward(self, name: str) -> Tensor:
+        """An alias of a factor; the parameter itself loses its memory when it is offloaded again."""
+        factor: Tensor = self[name]
+        return factor.view_as(factor)
+
+    __call__ = nn.Module.__call__  # which a ParameterDict has not
+
+    def here(self, name: str) -> Tensor:
+        """A factor, brought here if it is offloaded."""
+        factor: Tensor = self(name) if "forward" in self.__dict__ else self[name]
+        return factor
 
 
 class KronALayer(nn.Module, BaseTunerLayer):
@@ -31,6 +50,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         krona_B: adapter name → B, (d/a1) × (h/a2), likewise. A convolution's has a column for each tap of the kernel.
         krona_B1: adapter name → B1, (d/a1) × ρ, where B is a product B1·B2; likewise.
         krona_B2: adapter name → B2, ρ × (h/a2); likewise.
+        r: adapter name → the rank its update can reach. Diffusers counts these to name a LoRA loaded on top.
         alpha: adapter name → the scale chosen in its config.
         scaling: adapter name → the scale in force, alpha times the adapter's weight.
         layout: adapter name → the order of its outputs, see `KronAConfig`.
@@ -40,16 +60,19 @@ class KronALayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("krona_A", "krona_B", "krona_B1", "krona_B2")
-    other_param_names = ("alpha", "scaling", "dropout", "layout")
+    other_param_names = ("r", "alpha", "scaling", "dropout", "layout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features, self.kernel = layer_size(self.get_base_layer())
-        self.krona_A = nn.ParameterDict()
-        self.krona_B = nn.ParameterDict()
-        self.krona_B1 = nn.ParameterDict()
-        self.krona_B2 = nn.ParameterDict()
+        if self.kernel:
+            self.groups = 1  # what PEFT's LoRA asks of a convolution that it is put around
+        self.krona_A = Factors()
+        self.krona_B = Factors()
+        self.krona_B1 = Factors()
+        self.krona_B2 = Factors()
+        self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
@@ -82,14 +105,14 @@ class KronALayer(nn.Module, BaseTunerLayer):
         shapes = update_shapes(
             factor_shapes(self.out_features, self.in_features, a1, a2), num_terms, b_rank, self.kernel
         )
-        device = self.weight.device
         for key, factors in self._parameters_by_factor().items():
             if adapter_name in factors:
                 del factors[adapter_name]
             if key in shapes.tensors:
-                factor = torch.empty(shapes.tensors[key], device=device, dtype=torch.float32)
+                factor = torch.empty(shapes.tensors[key], device=self._device, dtype=torch.float32)
                 init_factor_(factor, init_of(key, init_a, init_b), shapes.factors)
                 factors[adapter_name] = nn.Parameter(factor)
+        self.r[adapter_name] = shapes.highest_rank
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         self.dropout[adapter_name] = dropout
         self.layout[adapter_name] = layout
@@ -103,11 +126,6 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """
         self.unmerge([adapter_name])
         super().delete_adapter(adapter_name)
-
-    @property
-    def r(self) -> dict[str, int]:
-        """Adapter name → the rank its update can reach. Diffusers counts these to name a LoRA loaded on top."""
-        return {name: self.shapes(name).highest_rank for name in self.krona_A}
 
     def shapes(self, adapter_name: str) -> UpdateShapes:
         """The shapes of what one adapter trains here."""
@@ -126,8 +144,65 @@ class KronALayer(nn.Module, BaseTunerLayer):
         factors = {f"krona_{key}": factors for key, factors in self._parameters_by_factor().items()}
         return {name: factor[adapter_name] for name, factor in factors.items() if adapter_name in factor}
 
-    def _parameters_by_factor(self) -> dict[str, nn.ParameterDict]:
+    def factors_here(self, adapter_name: str) -> dict[str, Tensor]:
+        """What `parameters_of` gives, brought here where it is offloaded."""
+        names = self.parameters_of(adapter_name)
+        return {name: getattr(self, name).here(adapter_name) for name in names}
+
+    def _parameters_by_factor(self) -> dict[str, Factors]:
         return {"A": self.krona_A, "B": self.krona_B, "B1": self.krona_B1, "B2": self.krona_B2}
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the base layer computes: not its weight's device while that is offloaded to nowhere."""
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        device = self.weight.device
+        return torch.device(getattr(hook, "execution_device", device)) if device.type == "meta" else device
+
+    def _onloaded(self) -> AbstractContextManager[None]:
+        """The base's weight in its place, and back to where it waits."""
+        hooked = self.weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")
+        return onload_layer(self) if hooked else nullcontext()
+
+    def cast_factors(self, adapter_name: str, to_base: bool = False) -> None:
+        """Cast one adapter's factors of half precision to fp32, or any to the base weight's dtype, unless quantized."""
+        for parameter in self.parameters_of(adapter_name).values():
+            if to_base and self.weight.dtype in MERGEABLE_DTYPES:
+                parameter.data = parameter.data.to(self.weight.dtype)
+            elif parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own rounds to the base's dtype what was loaded from a file.
+        for parameter in self.parameters_of(adapter_name).values():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(self._device if device is None else device)
+
+    @torch.no_grad()
+    def set_weighted_sum(self, adapter_name: str, summands: Sequence[tuple[str, float]]) -> None:
+        """Make one adapter's update Σ w · ΔW over others, each in its own terms; terms to spare become zero.
+
+        Args:
+            adapter_name: an adapter with the others' (a1, a2) and layout, at least as many terms as they have
+                together, and a B that is whole, or a product of at least the ranks of theirs, which are products too.
+            summands: the others' names, each with its w; those that are not in this layer count as zero.
+        """
+        present = [(name, weight * self.scaling[name]) for name, weight in summands if name in self.krona_A]
+        for key, parameter in self.parameters_of(adapter_name).items():
+            factors = [(self._stacked(key, name), scale if key == "krona_A" else 1.0) for name, scale in present]
+            dtype = reduce(torch.promote_types, (factor.dtype for factor, _ in factors), parameter.dtype)
+            stacked = parameter if parameter.dim() == 3 else parameter[None]
+            total, start = torch.zeros_like(stacked, dtype=dtype), 0
+            for factor, scale in factors:
+                terms, rows, columns = factor.shape
+                total[start : start + terms, :rows, :columns] = factor.to(dtype) * scale
+                start += terms
+            parameter.data = total.view(parameter.shape)
+
+    def _stacked(self, key: str, name: str) -> Tensor:
+        """One adapter's factors of a kind, those of one term in front of each other's."""
+        factor = self._whole_b(name) if key == "krona_B" else self.parameters_of(name)[key]
+        return factor if factor.dim() == 3 else factor[None]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = base(x) + Σ s · (A ⊗ B)x over the active adapters that are not merged.
@@ -167,7 +242,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """The update's part of the output, (..., d)."""
         if self._drops_out(name):
             x = nn.functional.dropout(x, self.dropout[name])
-        pairs = [(A.to(x.dtype), B.to(x.dtype)) for A, B in self._scaled_factors(name)]
+        # Where weights are offloaded in groups, factors that came later stay where they are.
+        pairs = [(A.to(x.device, x.dtype), B.to(x.device, x.dtype)) for A, B in self._scaled_factors(name)]
         delta = sum_of(self._product(x, A, B) for A, B in pairs)
         if self.layout[name] == "transposed":
             a1, b1 = self.shapes(name).factors.a1, self.shapes(name).factors.b1
@@ -185,27 +261,22 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of each term, without the scale; a B that is a product multiplied out."""
-        A, B = self.krona_A[adapter_name], self._whole_b(adapter_name)
+        A, B = self.krona_A.here(adapter_name), self._whole_b(adapter_name)
         return [(A, B)] if A.dim() == 2 else list(zip(A.unbind(), B.unbind(), strict=True))
 
     def _whole_b(self, name: str) -> Tensor:
-        whole = name in self.krona_B
-        B: Tensor = self.krona_B[name] if whole else torch.matmul(self.krona_B1[name], self.krona_B2[name])
-        return B
+        if name in self.krona_B:
+            return self.krona_B.here(name)
+        return torch.matmul(self.krona_B1.here(name), self.krona_B2.here(name))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update of one adapter, of the base weight's shape, in the factors' dtype."""
-        # torch.kron refuses some factors that are not contiguous.
-        terms = ((A.contiguous(), B.contiguous()) for A, B in self._scaled_factors(adapter))
-        delta = sum_of(torch.kron(A, B) for A, B in terms)
-        if self.layout[adapter] == "transposed":
-            shapes = self.shapes(adapter).factors
-            delta = delta.unflatten(0, (shapes.a1, shapes.b1)).transpose(0, 1).flatten(0, 1)
+        delta = dense_update(self._scaled_factors(adapter), self.layout[adapter])
         return delta.view(self.out_features, self.in_features, *self.kernel)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is additive, so `peft.convert_to_lora` can approximate it."""
-        return True
+        """True for a linear layer: the update is additive, and `peft.convert_to_lora` approximates matrices only."""
+        return not self.kernel
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make `scale` times alpha the scale of one adapter, if this layer has it."""
@@ -261,7 +332,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base layer, with the adapters in its weight for good if asked. PEFT's `merge_and_unload` calls this.
 
-        Nothing is kept to unmerge, which makes this several times faster than `merge`; the bits are the same.
+        Nothing is kept to unmerge, which makes this several times faster than `merge`; the bits are the same. Other
+        methods' adapters that lie between this layer and its base are merged, too, where PEFT would drop them.
 
         Raises:
             MergeError: as in `merge`.
@@ -270,6 +342,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
             terms = self.merge_terms(check_adapters_to_merge(self, adapter_names))
             self.check_mergeable(terms)
             self._weight.fold(self.get_base_layer(), terms)
+            for layer in layers_beneath(self):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
 
     @torch.no_grad()
@@ -288,7 +362,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def check_mergeable(self, terms: dict[str, list[Term]]) -> None:
         """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
-        self._weight.check(self.get_base_layer(), terms)
+        with self._onloaded():
+            self._weight.check(self.get_base_layer(), terms)
 
     def check_unmergeable(self) -> None:
         """Raise `MergeError` if the weight was cast to another dtype while merged."""
@@ -296,7 +371,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def set_merged(self, terms: dict[str, list[Term]]) -> None:
         """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds."""
-        self._weight.set(self.get_base_layer(), terms)
+        with self._onloaded():
+            self._weight.set(self.get_base_layer(), terms)
         self.merged_adapters = list(terms)
 
     @property
@@ -305,9 +381,21 @@ class KronALayer(nn.Module, BaseTunerLayer):
         return self._weight.terms
 
     @property
-    def restoration(self) -> Restoration | None:
+    def restoration(self) -> Restoration | Original | None:
         """What is kept to unmerge exactly; None while nothing is merged."""
         return self._weight.restoration
+
+
+class KronALinear(KronALayer):
+    """A `KronALayer` under a name by which PEFT's "all-linear" knows a linear layer that has adapters already."""
+
+
+def layers_beneath(layer: BaseTunerLayer) -> Iterator[BaseTunerLayer]:
+    """The layers of other adapters between an adapter's layer and its base."""
+    beneath = getattr(layer, "base_layer", None)
+    while isinstance(beneath, BaseTunerLayer):
+        yield beneath
+        beneath = getattr(beneath, "base_layer", None)
 
 
 def layer_size(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
@@ -354,9 +442,3 @@ def init_factor_(factor: Tensor, init: Init, shapes: FactorShapes) -> None:
         rows, columns = factor.shape[-2:]
         bound = math.sqrt(6 / (columns if init == "kaiming_uniform" else rows + columns))
         factor.uniform_(-bound, bound)
-
-
-def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of one tensor or more."""
-    first, *rest = parts
-    return sum(rest, start=first)

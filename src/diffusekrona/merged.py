@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import MergeError
-from .exact import MERGEABLE_DTYPES, Restoration, Term, check_mergeable, fold_, merge_, unmerge_
+from .exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
+from .quantized import Original, carrier, check_format, dequantized, is_quantized, put_back, replace
 
 Terms = dict[str, list[Term]]
 """Adapter name → the products that its update sums."""
@@ -20,12 +22,13 @@ class MergedWeight:
 
     Attributes:
         terms: what the weight holds; empty while nothing is merged.
-        restoration: what is kept to take it out again exactly; None while nothing is merged.
+        restoration: what is kept to take it out again exactly, of a quantized weight the old one; None while nothing
+            is merged.
     """
 
     def __init__(self) -> None:
         self.terms: Terms = {}
-        self.restoration: Restoration | None = None
+        self.restoration: Restoration | Original | None = None
 
     @torch.no_grad()
     def check(self, base: nn.Module, terms: Terms) -> None:
@@ -36,8 +39,8 @@ class MergedWeight:
         before = self.terms
         self.set(base, {})
         try:
-            with _matrix(base) as weight:
-                check_mergeable(weight, _all(terms))
+            numbers = dequantized(base).to(carrier(base)) if is_quantized(base) else _matrix(base)
+            check_mergeable(numbers, _all(terms))
         finally:
             self.set(base, before)
 
@@ -61,10 +64,17 @@ class MergedWeight:
         if terms.keys() == self.terms.keys():
             return
         self.check_undoable(base)
-        with _matrix(base) as weight:
-            if self.restoration is not None:
+        if isinstance(self.restoration, Original):
+            put_back(base, self.restoration)
+        elif self.restoration is not None:
+            with _changed(base) as weight:
                 unmerge_(weight, _all(self.terms), self.restoration)
-            self.restoration = merge_(weight, _all(terms)) if terms else None
+        self.terms, self.restoration = {}, None
+        if terms and is_quantized(base):
+            self.restoration = _replace(base, terms)
+        elif terms:
+            with _changed(base) as weight:
+                self.restoration = merge_(weight, _all(terms))
         self.terms = terms
 
     @torch.no_grad()
@@ -72,33 +82,61 @@ class MergedWeight:
         """`set` for good: keeps nothing that could undo it, which is several times faster."""
         if terms.keys() != self.terms.keys():
             self.set(base, {})
-            with _matrix(base) as weight:
-                fold_(weight, _all(terms))
+            if is_quantized(base):
+                _replace(base, terms)
+            else:
+                with _changed(base) as weight:
+                    fold_(weight, _all(terms))
         self.terms, self.restoration = {}, None
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise `MergeError` if Diffusers keeps weights of a model in files, where a merge would be lost."""
+    for name, module in model.named_modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None and hook.config.offload_to_disk_path:
+            raise MergeError(
+                f"The weights of {name or 'the model'} are offloaded to {hook.config.offload_to_disk_path}, where "
+                "nothing can be merged into them: merge first, then apply the group offloading. Nothing was merged."
+            )
 
 
 def _all(terms: Terms) -> list[Term]:
     return [term for of_adapter in terms.values() for term in of_adapter]
 
 
+def _replace(base: nn.Module, terms: Terms) -> Original:
+    numbers = dequantized(base)
+    fold_(numbers, _all(terms))
+    return replace(base, numbers)
+
+
 def _check_format(base: nn.Module) -> None:
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    sizes = getattr(base, "out_features", len(weight)), getattr(base, "in_features", 0)
-    if weight.dtype not in MERGEABLE_DTYPES or (weight.shape != sizes and not isinstance(base, nn.Conv2d)):
-        raise MergeError(
-            f"the base layer, a {type(base).__name__}, keeps its weight as {weight.dtype} of "
-            f"shape {tuple(weight.shape)}; only plain weights of 16, 32 or 64 bits can be merged into, so load the "
-            "base unquantized"
-        )
+    if is_quantized(base):
+        check_format(base)
+    elif not isinstance(base, nn.Conv2d):
+        weight: Any = base.weight
+        sizes = getattr(base, "out_features", None), getattr(base, "in_features", None)
+        if tuple(weight.shape) != sizes:
+            raise MergeError(
+                f"the base layer, a {type(base).__name__}, keeps a weight of shape {tuple(weight.shape)} and not "
+                f"{sizes}; load the base unquantized"
+            )
+
+
+def _matrix(base: nn.Module) -> Tensor:
+    """The base's weight as a matrix, a convolution's with the kernel in its columns; a copy in channels_last."""
+    weight: Any = base.weight
+    matrix: Tensor = weight.flatten(1)
+    return matrix
 
 
 @contextmanager
-def _matrix(base: nn.Module) -> Iterator[Tensor]:
-    """The base's weight to be changed in place, a convolution's as a matrix with the kernel in its columns."""
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    matrix = weight.flatten(1)
+def _changed(base: nn.Module) -> Iterator[Tensor]:
+    """The base's weight as a matrix to be changed in place."""
+    weight: Any = base.weight
+    matrix = _matrix(base)
     yield matrix
-    if matrix.data_ptr() != weight.data_ptr():  # in channels_last there is no such view
+    if matrix.data_ptr() != weight.data_ptr():
         weight.copy_(matrix.view(weight.shape))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -81,6 +83,23 @@ def kron_conv2d(
     a_first = cheapest_conv_order(FactorShapes(a1, a2, b1, b2), B.shape[2] * B.shape[3]) == "A first"
     y = (convolved(mixed(X)) if a_first else mixed(convolved(X))).flatten(1, 2)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def dense_update(terms: Iterable[tuple[Tensor, Tensor]], layout: Layout = "kron") -> Tensor:
+    """Σ A ⊗ B as a matrix, its rows in the layout's order: what everything else here avoids to build."""
+    # torch.kron refuses some factors that are not contiguous.
+    pairs = [(A.contiguous(), B.contiguous()) for A, B in terms]
+    delta = sum_of(torch.kron(A, B) for A, B in pairs)
+    if layout == "kron":
+        return delta
+    a1, b1 = len(pairs[0][0]), len(pairs[0][1])
+    return delta.view(a1, b1, -1).transpose(0, 1).reshape(a1 * b1, -1)
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor or more."""
+    first, *rest = parts
+    return sum(rest, start=first)
 
 
 class KronRows:

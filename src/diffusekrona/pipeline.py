@@ -30,10 +30,13 @@ from .components import (
 )
 from .config import KronAConfig
 from .errors import AdapterFileError, AdapterNameError, MergeError
+from .exporting import Format, check_format, lokr_bytes
 from .fit import check_fit
 from .formats import krona as krona_format
+from .formats.files import write_whole
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
+from .importing import read_adapters
 from .injected import (
     adapter_tensors,
     krona_layers,
@@ -43,6 +46,7 @@ from .injected import (
     undone_on_error,
 )
 from .layer import KronALayer
+from .merged import check_in_memory
 
 
 class InjectedAdapter:
@@ -107,22 +111,33 @@ def inject_krona(
     return adapter
 
 
-def save_krona(model: Any, path: str | PathLike[str], adapter_name: str | None = None) -> Path:
+def save_krona(
+    model: Any,
+    path: str | PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    format: Format = "krona",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Save an adapter: to one self-contained file if `path` ends in .safetensors, else to a PEFT folder.
 
     Args:
         model: the pipeline or module that holds the adapter.
         path: `my-dog` or `my-dog.safetensors`.
         adapter_name: which adapter; may be left out while there is just one.
+        format: "krona", ours. "lokr", a LoKr file with the names that kohya's scripts, LyCORIS, ComfyUI and their kin
+            use; "lokr-diffusers", one with Diffusers' names. Both are single files.
+        metadata: header entries of a LoKr file beside those that are known here, such as `{"ss_steps": "1000"}`.
 
     Returns:
         The path written to.
 
     Raises:
         AdapterNameError: no such adapter.
-        AdapterFileError: the factors are not finite; nothing was written.
+        AdapterFileError: the factors are not finite, or the format cannot hold this adapter; nothing was written.
         OSError: the file cannot be written; an older one there is as it was.
     """
+    check_format(format)
     components = adaptable_components(model)
     name = named_adapter(components, adapter_name)
     adapters = {part: _saved(module, name) for part, module in components.items() if name in adapter_names(module)}
@@ -131,7 +146,12 @@ def save_krona(model: Any, path: str | PathLike[str], adapter_name: str | None =
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterFileError(f"{key} of {part or 'the model'} holds an infinity or a NaN; nothing was saved.")
     target = Path(path).expanduser()
-    krona_format.write(target, adapters)
+    if format == "krona":
+        krona_format.write(target, adapters)
+    elif target.suffix == ".safetensors":
+        write_whole({target: lokr_bytes(adapters, components, format, metadata)})
+    else:
+        raise AdapterFileError(f"A LoKr file is a single one: let the path {target} end in .safetensors.")
     return target
 
 
@@ -164,7 +184,7 @@ def load_krona(
     found = adaptable_components(model)
     check_free_name(found.values(), adapter_name)
     source = resolve(path, revision=revision, token=token)
-    saved = _by_component(krona_format.read(source), found, source)
+    saved = read_adapters(source, found)
     for part, one in saved.items():
         check_fit(found[part], one)
     configs = {part: copy.deepcopy(one.config) for part, one in saved.items()}
@@ -192,6 +212,8 @@ def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> Non
     layers = _layers(components)
     if not layers:
         raise AdapterNameError("There is no KronA adapter to merge; add one with inject_krona or load_krona.")
+    for component in components.values():
+        check_in_memory(component)
     for layer, terms in terms_to_merge(layers, names):
         layer.set_merged(terms)
 
@@ -275,22 +297,8 @@ def _saved(component: nn.Module, adapter_name: str) -> SavedAdapter:
     configs: Any = component.peft_config
     config = copy.deepcopy(configs[adapter_name])
     config.inference_mode = True
-    tensors = adapter_tensors(component, adapter_name)
+    tensors = adapter_tensors(component, adapter_name, here=True)
     return SavedAdapter(config, {key: tensor.detach() for key, tensor in tensors.items()})
-
-
-def _by_component(saved: dict[str, SavedAdapter], found: dict[str, nn.Module], source: Path) -> dict[str, SavedAdapter]:
-    if set(saved) <= set(found):
-        return {part: saved[part] for part in found if part in saved}
-    denoisers = [part for part in saved if is_denoiser(part)]
-    # A single module's adapter fits a pipeline's denoiser, and the denoiser's a single module.
-    target = next(iter(found))
-    if len(denoisers) == 1 and (list(saved) == denoisers or target == ""):
-        return {target: saved[denoisers[0]]}
-    raise AdapterFileError(
-        f"{source} holds an adapter for {', '.join(sorted(saved))}, but this model has "
-        f"{', '.join(part or 'no named components' for part in found)}."
-    )
 
 
 def _layers(components: Mapping[str, nn.Module]) -> dict[str, KronALayer]:

@@ -16,6 +16,7 @@ from ..base import load_base
 from ..config import KronAConfig
 from ..errors import KronAError
 from ..evaluation.judge import Judge
+from ..exact import Restoration
 from ..generation import generate_images
 from ..injected import krona_layers
 from ..pipeline import load_krona, merge_krona, save_krona, unmerge_krona
@@ -161,5 +162,5 @@ def _bits(unet: torch.nn.Module) -> list[bytes]:
 
 def _entries_kept(unet: torch.nn.Module) -> float:
     layers = list(krona_layers(unet).values())
-    kept = sum(layer.restoration.entries for layer in layers if layer.restoration is not None)
+    kept = sum(layer.restoration.entries for layer in layers if isinstance(layer.restoration, Restoration))
     return kept / sum(layer.weight.numel() for layer in layers)

@@ -1,0 +1,189 @@
+"""Adapters on quantized bases: training, merging where the format can be written back, and refusals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusekrona import KronAConfig, inject_krona, merge_krona, unload_krona, unmerge_krona
+from diffusekrona.errors import MergeError
+from diffusekrona.injected import krona_layers
+
+D, H = 64, 128
+
+
+def plain() -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return nn.Linear(H, D)
+
+
+def bnb_4bit(**settings: Any) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(H, D, compute_dtype=torch.float32, quant_type="nf4", **settings)
+    layer.load_state_dict(plain().state_dict())
+    return layer.to("cpu")
+
+
+def bnb_8bit() -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(H, D, has_fp16_weights=False)
+    layer.load_state_dict(plain().state_dict())
+    return layer.to("cpu")
+
+
+def torchao_int8(granularity: str = "PerRow") -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(plain())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(granularity=getattr(torchao, granularity)()))
+    return model[0]
+
+
+def quanto(weights: str = "qint8") -> nn.Module:
+    library = pytest.importorskip("optimum.quanto")
+    model = nn.Sequential(plain())
+    library.quantize(model, weights=getattr(library, weights))
+    library.freeze(model)
+    return model[0]
+
+
+FORMATS: dict[str, Callable[[], nn.Module]] = {
+    "bitsandbytes 4-bit": bnb_4bit,
+    "bitsandbytes 4-bit, double": lambda: bnb_4bit(compress_statistics=True),
+    "bitsandbytes 8-bit": bnb_8bit,
+    "torchao int8": torchao_int8,
+    "torchao int8, one scale": lambda: torchao_int8("PerTensor"),
+    "quanto int8": quanto,
+    "quanto int4": lambda: quanto("qint4"),
+    "quanto float8": lambda: quanto("qfloat8"),
+}
+every_format = pytest.mark.parametrize("build", FORMATS.values(), ids=FORMATS.keys())
+# How far a quantized weight is from its numbers, in units of the largest: a code's half width, and some.
+COARSE = {"bitsandbytes 4-bit": 0.16, "bitsandbytes 4-bit, double": 0.16, "quanto int4": 0.12, "quanto float8": 0.05}
+
+
+def adapted(build: Callable[[], nn.Module], scale: float = 3.0, **fields: Any) -> nn.Sequential:
+    model = nn.Sequential(build())
+    torch.manual_seed(2)
+    inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"], init_b="normal", alpha=scale, **fields))
+    return model
+
+
+def stored(model: nn.Module) -> list[Tensor]:
+    """The tensors that hold a quantized weight, and what its layer keeps beside it."""
+    base: Any = krona_layers(model)["0"].get_base_layer() if krona_layers(model) else model[0]
+    weight = base.weight
+    parts = [
+        getattr(weight, name, None) for name in ("data", "qdata", "scale", "_data", "_scale", "_shift", "SCB", "CB")
+    ]
+    parts += [getattr(getattr(base, "state", None), name, None) for name in ("CB", "SCB")]
+    parts += [getattr(getattr(weight, "quant_state", None), "absmax", None)]
+    return [part.detach().clone() for part in parts if type(part) is Tensor]
+
+
+def x() -> Tensor:
+    return torch.randn(7, H, generator=torch.Generator().manual_seed(0))
+
+
+@every_format
+def test_factors_and_the_input_get_the_gradients_of_the_dequantized_layer(build):
+    model = adapted(build)
+    layer = krona_layers(model)["0"]
+    base = build()
+    bare = base(x())
+    given = x().requires_grad_()
+    y = model(given)
+    A, B = layer.krona_A["default"], layer.krona_B["default"]
+    torch.testing.assert_close(y, bare + x() @ (3 * torch.kron(A, B)).T, rtol=1e-4, atol=1e-4)
+    target = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad(y, [A, B], target, retain_graph=True)
+    expected = torch.autograd.grad(x() @ (3 * torch.kron(A, B)).T, [A, B], target)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    (gx,) = torch.autograd.grad(y, [given], target)
+    numbers = torch.stack([base(row) - base(torch.zeros(H)) for row in torch.eye(H)]).T
+    dense = numbers.detach() + 3 * torch.kron(A, B).detach()
+    torch.testing.assert_close(gx, target @ dense, rtol=0.05, atol=0.05)
+
+
+@every_format
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("form", [{}, {"num_terms": 2}, {"layout": "transposed"}], ids=str)
+def test_a_merged_layer_computes_the_sum_to_its_formats_precision_and_unmerging_restores_every_bit(
+    build, used, form, request
+):
+    model = adapted(build, **form)
+    if used:  # bitsandbytes moves its state at the first call
+        model(x())
+    unmerged, before = model(x()), stored(model)
+    weight = krona_layers(model)["0"].get_base_layer().weight
+    bare = build()(x())
+    merge_krona(model)
+    merged = model(x())
+    assert (unmerged - bare).abs().max() > 0.5
+    coarse = next((c for label, c in COARSE.items() if label in request.node.callspec.id), 0.02)
+    assert (merged - unmerged).norm() < coarse * unmerged.norm()
+    unmerge_krona(model)
+    assert krona_layers(model)["0"].get_base_layer().weight is weight
+    after = stored(model)
+    assert len(after) == len(before) > 0
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(after, before, strict=True))
+    torch.testing.assert_close(model(x()), unmerged)
+    unload_krona(model)
+    torch.testing.assert_close(model(x()), bare)
+
+
+@every_format
+def test_merging_again_and_with_a_second_adapter_never_adds_up_errors(build):
+    model = adapted(build)
+    inject_krona(model, KronAConfig(a1=2, a2=2, target_modules=["0"], init_b="normal"), "second")
+    for _ in range(3):
+        merge_krona(model, ["default"])
+        merge_krona(model, ["second"])
+        both = model(x())
+        unmerge_krona(model, ["default"])
+        unmerge_krona(model)
+        merge_krona(model, ["default", "second"])
+        torch.testing.assert_close(model(x()), both, rtol=1e-4, atol=1e-4)
+        unmerge_krona(model)
+    torch.testing.assert_close(krona_layers(model)["0"].get_base_layer()(x()), build()(x()))
+
+
+@every_format
+def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(build):
+    model = adapted(build)
+    model(x())
+    before = stored(model)
+    factor = krona_layers(model)["0"].krona_B["default"]
+    for value in (float("nan"), float("inf")) + ((1e7,) if build is bnb_8bit else ()):
+        factor.data[0, 0] = value
+        with pytest.raises(MergeError, match="Nothing was merged"):
+            merge_krona(model)
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(stored(model), before, strict=True)
+    )
+
+
+def int4_weight_only() -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(plain())
+    torchao.quantize_(model, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
+    return model[0]
+
+
+def test_a_format_that_cannot_be_written_back_is_refused_by_its_name():
+    model = adapted(int4_weight_only)
+    before = model(x())
+    with pytest.raises(MergeError, match=r"keeps its weight as a \w+ .*cannot be written back.*unquantized"):
+        merge_krona(model)
+    assert torch.equal(model(x()), before)
+
+
+def test_a_float8_base_is_refused_by_its_dtype():
+    model = adapted(plain)
+    layer = krona_layers(model)["0"].get_base_layer()
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(MergeError, match="float8_e4m3fn"):
+        merge_krona(model)
