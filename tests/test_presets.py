@@ -16,7 +16,7 @@ from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona
 from diffusekrona.architectures import build
 from diffusekrona.errors import ConfigError
 from diffusekrona.injected import krona_layers
-from diffusekrona.model import target_layers
+from diffusekrona.targets import target_layers
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline
 

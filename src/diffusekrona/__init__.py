@@ -4,8 +4,10 @@ The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `fa
 `model.py`, in that order.
 """
 
+from . import mixed as mixed  # which enters KronA in PEFT's mixed models
 from .config import KronAConfig
 from .folding import merge_file
+from .hotswap import hotswap_krona
 from .layer import KronALayer
 from .model import KronAModel
 from .ops import kron_linear
@@ -17,6 +19,7 @@ __all__ = [
     "KronALayer",
     "KronAModel",
     "KronAReport",
+    "hotswap_krona",
     "inject_krona",
     "kron_linear",
     "krona_report",

@@ -15,6 +15,7 @@ All is computed on the CPU in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,6 +117,13 @@ def nearest_kronecker(delta: Delta, a1: int, a2: int, num_terms: int = 1) -> App
     A, B, error = _nearest(update, shapes, num_terms)
     device = _tensors(delta)[0].device
     return Approximation(A.to(device, torch.float32), B.to(device, torch.float32), error, update.norm)
+
+
+def total_error(fits: Collection[Approximation]) -> float:
+    """‖ΔW − Σ_r A_r ⊗ B_r‖ / ‖ΔW‖ over several layers together; 0 over none."""
+    missed = math.fsum((fit.error * fit.norm) ** 2 for fit in fits)
+    whole = math.fsum(fit.norm**2 for fit in fits)
+    return math.sqrt(missed / whole) if whole else 0.0
 
 
 def choose_factors(delta: Delta, budget: int, num_terms: int = 1) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .approximate import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker
+from .approximate import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
 from .architectures import PIPELINES, build_pipeline
 from .checkpoints import folder_components
 from .errors import AdapterFileError, FactorShapeError, KronAError
@@ -179,15 +178,8 @@ def approximated(
             fits[place] = nearest_kronecker(_delta(update), *chosen[place], num_terms)
             if on_layer is not None:
                 on_layer(len(fits), len(updates))
-        best = fits if not best else min(best, fits, key=total_error)
+        best = fits if not best else min(best, fits, key=lambda one: total_error(one.values()))
     return best
-
-
-def total_error(fits: Mapping[Place, Approximation]) -> float:
-    """‖ΔW − Σ A ⊗ B‖ / ‖ΔW‖ over all layers together."""
-    missed = math.fsum((fit.error * fit.norm) ** 2 for fit in fits.values())
-    whole = math.fsum(fit.norm**2 for fit in fits.values())
-    return math.sqrt(missed / whole) if whole else 0.0
 
 
 def _numbers_of_terms(
@@ -299,5 +291,5 @@ def _conversion(adapters: Mapping[str, SavedAdapter], fits: Mapping[Place, Appro
         layers=sum(key.endswith(".krona_A") for key, _ in tensors),
         parameters=sum(tensor.numel() for _, tensor in tensors),
         errors={f"{part}.{name}" if part else name: fit.error for (part, name), fit in fits.items()},
-        total_error=total_error(fits),
+        total_error=total_error(fits.values()),
     )

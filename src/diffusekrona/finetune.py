@@ -19,9 +19,9 @@ from .exact import arithmetic_dtype
 from .exporting import Format
 from .formats.files import read_names
 from .formats.updates import Update
-from .model import target_layers
 from .naming import foreign_names
 from .saved import Place
+from .targets import target_layers
 
 
 def extract(

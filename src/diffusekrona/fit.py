@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .errors import AdapterFileError, FactorShapeError
 from .formats.krona import SavedAdapter
-from .model import KronAModel, layer_shapes, target_layers
+from .model import KronAModel
+from .targets import layer_shapes, target_layers
 
 
 def check_fit(component: nn.Module, saved: SavedAdapter) -> None:

@@ -17,8 +17,8 @@ from .formats.hub import resolve
 from .formats.krona import SavedAdapter
 from .injected import adapter_tensors, krona_layers
 from .layer import KronALayer
-from .model import layer_alpha
 from .saved import by_component
+from .targets import layer_alpha
 
 
 def hotswap_krona(

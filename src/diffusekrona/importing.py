@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,8 +16,8 @@ from .formats.krona import SavedAdapter
 from .formats.lokr import LoKr
 from .formats.reference import Reference
 from .formats.updates import Update, flat
-from .model import target_layers
 from .saved import Place, by_component, foreign_updates
+from .targets import common_and_pattern, target_only
 
 
 def read_adapters(source: Path, components: Mapping[str, nn.Module]) -> dict[str, SavedAdapter]:
@@ -106,8 +103,8 @@ def _factors(update: Update, source: Path) -> LayerFactors:
 
 def _adapter(layers: Mapping[str, LayerFactors], component: nn.Module, source: Path) -> SavedAdapter:
     b_rank = _common_b_rank(layers)
-    a1, a2 = Counter((layer.shapes.a1, layer.shapes.a2) for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.scale for layer in layers.values()).most_common(1)[0][0]
+    (a1, a2), factor_pattern = common_and_pattern({name: layer.shapes[:2] for name, layer in layers.items()})
+    alpha, alpha_pattern = common_and_pattern({name: layer.scale for name, layer in layers.items()})
     config = KronAConfig(
         a1=a1,
         a2=a2,
@@ -115,12 +112,10 @@ def _adapter(layers: Mapping[str, LayerFactors], component: nn.Module, source: P
         num_terms=next(iter(layers.values())).num_terms,
         b_rank=b_rank,
         layout=next(iter(layers.values())).layout,
-        target_modules=set(layers),
-        factor_pattern=_exceptions({name: layer.shapes[:2] for name, layer in layers.items()}, (a1, a2)),
-        alpha_pattern=_exceptions({name: layer.scale for name, layer in layers.items()}, alpha),
+        factor_pattern=factor_pattern,
+        alpha_pattern=alpha_pattern,
     )
-    if target_layers(component, config).keys() != layers.keys():  # a name may end as another one does
-        config.target_modules = "|".join(map(re.escape, layers))
+    target_only(config, component, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{name}.krona_A"] = layer.A.contiguous()
@@ -145,12 +140,3 @@ def _common_b_rank(layers: Mapping[str, LayerFactors]) -> int | None:
         for layer in layers.values()
     )
     return rank if agree else None
-
-
-def _exceptions(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
-    """One pattern for all layers that share a value which is not the common one."""
-    names: dict[Any, list[str]] = {}
-    for name, value in values.items():
-        if value != common:
-            names.setdefault(value, []).append(re.escape(name))
-    return {"|".join(same): value for value, same in names.items()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
 from typing import Any
 
 import torch
@@ -177,32 +176,6 @@ class KronALayer(nn.Module, BaseTunerLayer):
         for parameter in self.parameters_of(adapter_name).values():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(self._device if device is None else device)
-
-    @torch.no_grad()
-    def set_weighted_sum(self, adapter_name: str, summands: Sequence[tuple[str, float]]) -> None:
-        """Make one adapter's update Σ w · ΔW over others, each in its own terms; terms to spare become zero.
-
-        Args:
-            adapter_name: an adapter with the others' (a1, a2) and layout, at least as many terms as they have
-                together, and a B that is whole, or a product of at least the ranks of theirs, which are products too.
-            summands: the others' names, each with its w; those that are not in this layer count as zero.
-        """
-        present = [(name, weight * self.scaling[name]) for name, weight in summands if name in self.krona_A]
-        for key, parameter in self.parameters_of(adapter_name).items():
-            factors = [(self._stacked(key, name), scale if key == "krona_A" else 1.0) for name, scale in present]
-            dtype = reduce(torch.promote_types, (factor.dtype for factor, _ in factors), parameter.dtype)
-            stacked = parameter if parameter.dim() == 3 else parameter[None]
-            total, start = torch.zeros_like(stacked, dtype=dtype), 0
-            for factor, scale in factors:
-                terms, rows, columns = factor.shape
-                total[start : start + terms, :rows, :columns] = factor.to(dtype) * scale
-                start += terms
-            parameter.data = total.view(parameter.shape)
-
-    def _stacked(self, key: str, name: str) -> Tensor:
-        """One adapter's factors of a kind, those of one term in front of each other's."""
-        factor = self._whole_b(name) if key == "krona_B" else self.parameters_of(name)[key]
-        return factor if factor.dim() == 3 else factor[None]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = base(x) + Σ s · (A ⊗ B)x over the active adapters that are not merged.

@@ -18,9 +18,9 @@ from .formats import foreign
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
 from .formats.updates import Update
-from .model import layer_alpha, target_layers
 from .naming import resolve
 from .ops import dense_update
+from .targets import layer_alpha, target_layers
 
 Place = tuple[str, str]
 """Component and name of a layer."""
