@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,6 +125,32 @@ def test_weights_that_wait_in_files_of_groups_are_not_merged_into_and_the_error_
         with pytest.raises(MergeError, match=r"are offloaded to .*groups.*merge first"):
             merge(pipe)
     torch.testing.assert_close(output(pipe.unet), expected, rtol=1e-5, atol=1e-5)
+
+
+def images(pipe: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    result = pipe("ab", height=32, width=32, num_inference_steps=2, output_type="np", generator=generator)
+    return np.asarray(result.images)
+
+
+@pytest.mark.parametrize("first", ["adapter", "offloading"])
+def test_a_pipeline_that_offloads_whole_models_takes_and_merges_adapters(tmp_path: Path, first: str) -> None:
+    pipe, plain = tiny_sd_pipeline(), tiny_sd_pipeline()
+    base = images(plain)
+    inject_krona(plain, config(), text_encoders=True)
+    saved, expected = save_krona(plain, tmp_path / "adapter.safetensors"), images(plain)
+    assert np.abs(expected - base).max() > 1e-3
+    if first == "adapter":
+        load_krona(pipe, saved)
+    pipe.enable_model_cpu_offload(device="cuda" if torch.cuda.is_available() else "cpu")
+    if first == "offloading":
+        load_krona(pipe, saved)
+    for _ in range(2):
+        np.testing.assert_allclose(images(pipe), expected, atol=1e-4)
+    merge_krona(pipe)
+    np.testing.assert_allclose(images(pipe), expected, atol=1e-4)
+    unload_krona(pipe)
+    np.testing.assert_allclose(images(pipe), base, atol=1e-4)
 
 
 # Wrapped models
