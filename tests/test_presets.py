@@ -8,6 +8,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
+from diffusers.models.attention import FeedForward
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -18,7 +19,7 @@ from diffusekrona.errors import ConfigError
 from diffusekrona.injected import krona_layers
 from diffusekrona.targets import target_layers
 from tests.modules import network
-from tests.pipelines import tiny_sd_pipeline
+from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 ATTENTION = {"to_q", "to_k", "to_v", "to_out.0"}
 
@@ -122,7 +123,7 @@ class OwnAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.processor = Processor()
-        self.query, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.query, self.own_to_q, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
         self.out = nn.ModuleList([nn.Linear(4, 4), nn.Dropout()])
 
     def set_processor(self, processor: object) -> None:
@@ -130,8 +131,34 @@ class OwnAttention(nn.Module):
 
 
 def test_any_attention_that_diffusers_marks_with_a_processor_is_found():
-    model = nn.ModuleDict({"own": OwnAttention(), "query": nn.Linear(4, 4)})
-    assert chosen(model, "attention") == {"own.query", "own.out.0"}
+    unmarked = nn.Sequential(nn.Linear(4, 4))
+    unmarked.processor = Processor()
+    model = nn.ModuleDict({"own": OwnAttention(), "query": nn.Linear(4, 4), "image": unmarked})
+    assert chosen(model, "attention") == {"own.query", "own.own_to_q", "own.out.0"}
+    assert chosen(OwnAttention(), "attention") == {"query", "own_to_q", "out.0"}
+
+
+def test_any_feed_forward_module_of_diffusers_is_found_by_its_class():
+    model = nn.ModuleDict({"own": OwnAttention(), "expert": FeedForward(4), "proj": nn.Linear(4, 4)})
+    added = chosen(model, "attention+ff") - chosen(model, "attention")
+    assert added == {"expert.net.0.proj", "expert.net.2"}
+
+
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [
+        ("attention", network),
+        ("attention+ff", lambda: tiny_sd_pipeline().text_encoder),
+        ("cross-attention", lambda: tiny_sdxl_pipeline().unet),
+    ],
+    ids=str,
+)
+def test_a_word_is_looked_up_anew_in_each_model(word, other):
+    config = KronAConfig(a1=2, a2=2, target_modules=word)
+    for model in (tiny_sd_pipeline().unet, other()):
+        inject_krona(model, config)
+        assert krona_layers(model).keys() == chosen(model, word)
+    assert config.target_modules == word
 
 
 def test_a_layer_that_has_other_adapters_counts_once():
@@ -158,11 +185,11 @@ def test_every_transformer_of_diffusers_that_stands_alone_has_attention():
 
 
 def test_the_saved_config_names_layers_and_loads_into_a_model_of_its_kind(tmp_path):
-    for word in ("attention", "attention+ff"):
-        model = network()
+    for word, build in (("attention", network), ("attention+ff", lambda: tiny_sd_pipeline().unet)):
+        model = build()
         inject_krona(model, KronAConfig(a1=2, a2=2, target_modules=word, init_b="normal"))
         saved = save_krona(model, tmp_path / f"{word}.safetensors")
-        other = network()
+        other = build()
         load_krona(other, saved)
         assert krona_layers(other).keys() == krona_layers(model).keys()
         assert word not in str(other.peft_config["default"].target_modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 
 from diffusers.models.attention import FeedForward
@@ -15,7 +16,7 @@ from .errors import ConfigError
 ATTENTION_LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",  # the text's side of joint attention
-    "q_proj", "k_proj", "v_proj", "out_proj",  # CLIP text encoders
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",  # CLIP text encoders
     "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",  # T5 text encoders
 )  # fmt: skip
 FEED_FORWARD_LAYERS = (
@@ -23,16 +24,18 @@ FEED_FORWARD_LAYERS = (
     "mlp.fc1", "mlp.fc2",  # CLIP
     "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",  # T5
 )  # fmt: skip
+_BESIDE_ATTENTION = re.compile(r"(ff|ffn|mlp|feed_forward)(_\w+)?")
 
 
 def resolved(config: KronAConfig, model: nn.Module) -> KronAConfig:
     """The config with names in place of a word in `target_modules`; itself where there is no word.
 
     Beside the names that are common, these are all linear layers of what Diffusers gives an attention processor,
-    and for feed-forward those of its `FeedForward` modules and of FLUX's parallel blocks.
+    and for feed-forward those of its `FeedForward` modules, of modules beside an attention that are named `ff`,
+    `feed_forward` or alike, and of FLUX's parallel blocks.
 
     Raises:
-        ConfigError: cross-attention is asked for, and the model has none.
+        ConfigError: cross-attention or feed-forward is asked for, and the model has none.
     """
     word = config.target_modules
     if not isinstance(word, str) or word not in PRESETS:
@@ -48,15 +51,24 @@ def resolved(config: KronAConfig, model: nn.Module) -> KronAConfig:
         return chosen
     chosen.target_modules = set(ATTENTION_LAYERS) | _not_ending_in(ATTENTION_LAYERS, _attention_layers(model))
     if word != ATTENTION:
-        feed_forward = _not_ending_in(FEED_FORWARD_LAYERS, _feed_forward_layers(model))
-        chosen.target_modules |= set(FEED_FORWARD_LAYERS) | feed_forward
+        found = set(_feed_forward_layers(model)) | set(_ending_in(FEED_FORWARD_LAYERS, model))
+        if not found:
+            raise ConfigError(
+                f"The {type(model).__name__} has no feed-forward of linear layers that is known; "
+                'choose "attention", or name layers in target_modules.'
+            )
+        chosen.target_modules |= set(FEED_FORWARD_LAYERS) | _not_ending_in(FEED_FORWARD_LAYERS, iter(found))
     return chosen
 
 
 def _attention_layers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        if hasattr(module, "processor") and hasattr(module, "set_processor"):
+        if _is_attention(module):
             yield from _linear_layers(name, module)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "processor") and hasattr(module, "set_processor")
 
 
 def _cross_attention_layers(model: nn.Module) -> Iterator[str]:
@@ -71,6 +83,10 @@ def _feed_forward_layers(model: nn.Module) -> Iterator[str]:
             yield from _linear_layers(name, module)
         elif hasattr(module, "proj_mlp") and hasattr(module, "proj_out"):
             yield from (f"{name}.proj_mlp", f"{name}.proj_out")
+        elif any(_is_attention(child) for child in module.children()):
+            for child_name, child in module.named_children():
+                if _BESIDE_ATTENTION.fullmatch(child_name):
+                    yield from _linear_layers(f"{name}.{child_name}" if name else child_name, child)
 
 
 def _linear_layers(prefix: str, module: nn.Module) -> Iterator[str]:
@@ -81,6 +97,11 @@ def _linear_layers(prefix: str, module: nn.Module) -> Iterator[str]:
             yield path
         else:
             yield from _linear_layers(path, child)
+
+
+def _ending_in(common: tuple[str, ...], model: nn.Module) -> Iterator[str]:
+    endings = tuple(f".{name}" for name in common)
+    return (name for name, _ in model.named_modules() if f".{name}".endswith(endings))
 
 
 def _not_ending_in(common: tuple[str, ...], names: Iterator[str]) -> set[str]:
