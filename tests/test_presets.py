@@ -151,7 +151,7 @@ def test_any_feed_forward_module_of_diffusers_is_found_by_its_class():
         ("attention+ff", lambda: tiny_sd_pipeline().text_encoder),
         ("cross-attention", lambda: tiny_sdxl_pipeline().unet),
     ],
-    ids=str,
+    ids=["attention", "attention+ff", "cross-attention"],
 )
 def test_a_word_is_looked_up_anew_in_each_model(word, other):
     config = KronAConfig(a1=2, a2=2, target_modules=word)
@@ -185,11 +185,11 @@ def test_every_transformer_of_diffusers_that_stands_alone_has_attention():
 
 
 def test_the_saved_config_names_layers_and_loads_into_a_model_of_its_kind(tmp_path):
-    for word, build in (("attention", network), ("attention+ff", lambda: tiny_sd_pipeline().unet)):
-        model = build()
+    for word, make in (("attention", network), ("attention+ff", lambda: tiny_sd_pipeline().unet)):
+        model = make()
         inject_krona(model, KronAConfig(a1=2, a2=2, target_modules=word, init_b="normal"))
         saved = save_krona(model, tmp_path / f"{word}.safetensors")
-        other = build()
+        other = make()
         load_krona(other, saved)
         assert krona_layers(other).keys() == krona_layers(model).keys()
         assert word not in str(other.peft_config["default"].target_modules)
