@@ -75,12 +75,20 @@ def test_folder_components_are_the_models_without_weights(tmp_path, pipe):
         assert {name: p.shape for name, p in model.named_parameters()} == shapes
 
 
+def test_a_component_that_a_pipeline_goes_without_is_passed_over(tmp_path):
+    pipe = tiny_sdxl_pipeline()
+    pipe.text_encoder = pipe.tokenizer = None
+    pipe.save_pretrained(tmp_path / "base")
+    assert folder_components(tmp_path / "base").keys() == {"unet", "text_encoder_2"}
+
+
 # Single files
 
 UNET = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
 SDXL = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
 SDXL_2 = "conditioner.embedders.1.model.transformer.resblocks.0"
 SD15 = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+TALL = {"mlp.c_fc": (5120, 1280), "mlp.c_proj": (1280, 5120)}
 WIDE = {"sdxl": {"unet": 640, "text_encoder": 768, "text_encoder_2": 1280}, "sd15": {"unet": 640, "text_encoder": 768}}
 # Key in the checkpoint → its layers, in the order of its rows; one of them is not adapted.
 FILES = {
@@ -93,7 +101,8 @@ FILES = {
             ("text_encoder_2", "encoder.layers.0.self_attn.v_proj"),
         ],
         f"{SDXL_2}.attn.out_proj.weight": [("text_encoder_2", "encoder.layers.0.self_attn.out_proj")],
-        f"{SDXL_2}.mlp.c_fc.weight": [None],
+        f"{SDXL_2}.mlp.c_fc.weight": [("text_encoder_2", "encoder.layers.0.mlp.fc1")],
+        f"{SDXL_2}.mlp.c_proj.weight": [("text_encoder_2", "encoder.layers.0.mlp.fc2")],
         "first_stage_model.decoder.conv_in.weight": [None],
     },
     "sd15": {
@@ -110,17 +119,20 @@ def test_a_single_file_gets_the_updates_at_its_own_names_and_nothing_else_change
     base, expected, factors = {}, {}, {}
     for key, places in FILES[name].items():
         width = next((WIDE[name][place[0]] for place in places if place), 1280 if SDXL_2 in key else 8)
-        base[key] = torch.randn(width * len(places), width).mul_(0.02).half()
+        d, h = next((size for part, size in TALL.items() if part in key), (width, width))
+        base[key] = torch.randn(d * len(places), h).mul_(0.02).half()
         expected[key] = base[key].clone()
-        for rows, place in zip(expected[key].split(width), places, strict=True):
+        for rows, place in zip(expected[key].split(d), places, strict=True):
             if place is not None:
-                A, B = torch.randn(4, 8) * 0.1, torch.randn(width // 4, width // 8) * 0.1
+                A, B = torch.randn(4, 8) * 0.1, torch.randn(d // 4, h // 8) * 0.1
                 factors |= {f"{'.'.join(place)}.lokr_w1": A, f"{'.'.join(place)}.lokr_w2": B}
-                rows.copy_((rows.float() + torch.kron(A, B)).half())
+                rows.copy_((rows.float() + 0.5 * torch.kron(A, B)).half())
     save_file(base, tmp_path / "base.safetensors", {"format": "pt"})
+    list_tensors_backwards(tmp_path / "base.safetensors")
     save_file(factors, tmp_path / "lokr.safetensors")
     output = tmp_path / "new" / "merged.safetensors"
-    assert merge_into_files(tmp_path / "base.safetensors", tmp_path / "lokr.safetensors", output) == len(factors) // 2
+    paths = tmp_path / "base.safetensors", tmp_path / "lokr.safetensors"
+    assert merge_into_files(*paths, output, 0.5) == len(factors) // 2
     merged = load_file(output)
     assert merged.keys() == base.keys()
     for key, tensor in expected.items():
@@ -128,10 +140,23 @@ def test_a_single_file_gets_the_updates_at_its_own_names_and_nothing_else_change
         assert torch.equal(base[key], tensor) == (FILES[name][key] == [None])
     with safe_open(output, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    before = leftovers(tmp_path)
+    with pytest.raises(MergeError, match="Nothing was written"):
+        merge_into_files(*paths, tmp_path / "again.safetensors", 1e9)
     del base[UNET]
-    save_file(base, tmp_path / "base.safetensors")
+    save_file(base, paths[0])
     with pytest.raises(BaseModelError, match="no weight for 1 layers"):
-        merge_into_files(tmp_path / "base.safetensors", tmp_path / "lokr.safetensors", tmp_path / "again.safetensors")
+        merge_into_files(*paths, tmp_path / "again.safetensors")
+    assert leftovers(tmp_path) == before
+
+
+def list_tensors_backwards(path: Path) -> None:
+    """A safetensors file may list its tensors in another order than it holds them."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    text = json.dumps(dict(reversed(json.loads(data[8 : 8 + size]).items()))).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
@@ -220,7 +245,8 @@ def test_a_broken_index_is_no_pipeline(tmp_path, pipe):
     pipe.save_pretrained(tmp_path / "base")
     index = tmp_path / "base" / "model_index.json"
     values = json.loads(index.read_text())
-    for broken in ("{", "[]", json.dumps({**values, "unet": ["diffusers", "NoSuchModel"]})):
+    others = [{**values, "unet": unet} for unet in (["diffusers", "NoSuchModel"], ["diffusers"])]
+    for broken in ("{", "[]", *map(json.dumps, others)):
         index.write_text(broken)
         with pytest.raises(BaseModelError):
             folder_components(tmp_path / "base")

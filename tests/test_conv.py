@@ -105,6 +105,30 @@ def test_merged_convolutions_compute_the_same_and_unmerging_restores_every_bit(f
     assert net.conv1.weight.stride() == before.stride()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stride": (2, 1), "padding": (0, 2)},
+        {"padding": (2, 1), "dilation": (2, 1)},
+        {"padding": "same"},
+        {"padding": (2, 1), "dilation": (2, 1), "stride": (1, 2), "padding_mode": "circular"},
+        {"padding": (1, 0), "padding_mode": "replicate"},
+        {"padding": "same", "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
+def test_an_adapted_convolution_is_one_with_the_dense_update_whatever_its_settings(settings):
+    net = nn.ModuleDict({"conv": nn.Conv2d(4, 8, (3, 1), **settings)}).double()
+    inject_krona(net, KronAConfig(a1=2, a2=2, target_modules=["conv"], init_b="normal", alpha=0.7))
+    net.double()
+    layer, x = net["conv"], torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    expected = nn.Conv2d(4, 8, (3, 1), **settings).double()
+    A, B = layer.krona_A["default"], layer.krona_B["default"]
+    expected.load_state_dict(layer.get_base_layer().state_dict())
+    expected.weight.data += 0.7 * dense(A, B.view(4, 2, 3, 1)).detach()
+    torch.testing.assert_close(layer(x), expected(x))
+
+
 @forms
 def test_convolutions_are_saved_and_loaded_bit_for_bit(form, tmp_path):
     net = adapted(**form)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, load_krona, merge_file, merge_krona, save_krona, unmerge_krona
+from diffusekrona.architectures import build_pipeline
 from diffusekrona.errors import AdapterFileError, MergeError
+from diffusekrona.exporting import lokr_bytes
 from diffusekrona.formats.files import data_hash
+from diffusekrona.formats.krona import SavedAdapter
 from diffusekrona.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import unchanged
@@ -117,19 +120,52 @@ def test_lycoris_merges_our_file_to_the_same_weights(tmp_path):
         )
 
 
-def test_a_lokr_file_has_the_headers_that_other_programs_show(tmp_path):
+@pytest.mark.parametrize(("b_rank", "dim", "alpha"), [(None, "Dynamic", "1"), (2, "2", "2")])
+def test_a_lokr_file_has_the_headers_that_other_programs_show(tmp_path, b_rank, dim, alpha):
     pipe = tiny_sdxl_pipeline()
-    inject_krona(pipe, config())
-    file = save_krona(pipe, tmp_path / "a.safetensors", format="lokr", metadata={"ss_steps": "70"})
+    inject_krona(pipe, config(b_rank=b_rank))
+    pipe.unet.register_to_config(_name_or_path="painter/base")
+    said = {"ss_steps": "70", "modelspec.prediction_type": "v_prediction"}
+    file = save_krona(pipe, tmp_path / "a.safetensors", format="lokr", metadata=said)
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     assert header["ss_network_module"] == "lycoris.kohya"
-    assert json.loads(header["ss_network_args"])["algo"] == "lokr"
-    assert header["ss_steps"] == "70"
+    arguments = {"algo": "lokr", "full_matrix": str(b_rank is None), "a1": "4", "a2": "8"}
+    assert json.loads(header["ss_network_args"]) == arguments
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (dim, alpha)
+    assert header["ss_sd_model_name"] == "painter/base"
+    assert header.items() >= said.items(), "what the caller says wins"
     assert header["modelspec.sai_model_spec"] == "1.0.0"
+    assert "modelspec.architecture" not in header, "a tiny model is none that is known"
     assert header["sshs_model_hash"] == data_hash(load_file(file))
     before = file.read_bytes()
-    assert save_krona(pipe, file, format="lokr", metadata={"ss_steps": "70"}).read_bytes() == before
+    assert save_krona(pipe, file, format="lokr", metadata=said).read_bytes() == before
+
+
+def test_a_header_names_the_architecture_and_the_base_where_they_are_known(tmp_path):
+    tiny_flux = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    for model, architecture, base in (
+        (build_pipeline("sdxl")["unet"], "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+        (build_pipeline("sd15")["unet"], "stable-diffusion-v1/lora", "sd_v1"),
+        (tiny_flux, "flux-1-dev/lora", "flux1"),
+    ):
+        adapter = config(base_model_name_or_path="painter/base", target_modules=["to_q"])
+        saved = {"unet": SavedAdapter(adapter, {}, tmp_path)}
+        layers = [name for name, _ in model.named_modules() if name.endswith("to_q")]
+        for name in layers:
+            d, h = model.get_submodule(name).weight.shape
+            saved["unet"].tensors[f"{name}.krona_A"] = torch.ones(4, 8)
+            saved["unet"].tensors[f"{name}.krona_B"] = torch.ones(d // 4, h // 8)
+        file = tmp_path / "lokr.safetensors"
+        file.write_bytes(lokr_bytes(saved, {"unet": model}, "lokr"))
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        assert header["modelspec.architecture"] == architecture
+        assert header["ss_base_model_version"] == base
+        assert header["ss_sd_model_name"] == "painter/base"
 
 
 @pytest.mark.parametrize(
@@ -317,6 +353,44 @@ def test_our_own_file_is_merged_to_the_bits_of_merge_krona(tmp_path, form):
             torch.testing.assert_close(merged, layer.get_base_layer().weight, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_merged_weight_is_the_sum_in_fp32_or_its_own_wider_dtype_rounded_once(tmp_path, dtype):
+    pipe, merged = tiny_sd_pipeline(), tiny_sd_pipeline()
+    inject_krona(pipe, config())
+    saved, expected = save_krona(pipe, tmp_path / "adapter.safetensors"), deltas(pipe)
+    merged.unet.to(dtype)
+    for parameter in merged.unet.parameters():
+        parameter.data += torch.rand_like(parameter) * 1e-10
+    before, wide = weights(merged.unet), torch.float64 if dtype == torch.float64 else torch.float32
+    assert merge_file(merged, saved, 0.3) == len(expected)
+    for name, delta in expected.items():
+        key = f"{name.removeprefix('unet.')}.weight"
+        total = (before[key].to(wide) + 0.3 * delta.to(wide)).to(dtype)
+        assert torch.equal(merged.unet.state_dict()[key], total), name
+
+
+def test_a_model_that_has_adapters_which_are_not_merged_is_merged_into_below_them(tmp_path):
+    pipe, plain = tiny_sd_pipeline(), tiny_sd_pipeline()
+    inject_krona(pipe, config())
+    file = save_krona(pipe, tmp_path / "adapter.safetensors")
+    assert merge_file(pipe, file) == merge_file(plain, file) > 0
+    for name, layer in krona_layers(pipe.unet).items():
+        assert torch.equal(layer.get_base_layer().weight, plain.unet.get_submodule(name).weight), name
+
+
+def test_quantized_weights_and_modules_without_any_are_not_merged_into(tmp_path):
+    pipe, name = tiny_sd_pipeline(), "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"unet.{name}.diff": torch.ones(128, 128)}, tmp_path / "a.safetensors")
+    save_file({"unet.mid_block.attentions.0.diff": torch.ones(128, 128)}, tmp_path / "b.safetensors")
+    layer = pipe.unet.get_submodule(name)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    for file, error, message in (
+        ("a", MergeError, "keeps its weight as torch.float8_e4m3fn"), ("b", AdapterFileError, "mid_block.attentions.0")
+    ):  # fmt: skip
+        with unchanged(pipe), pytest.raises(error, match=message):
+            merge_file(pipe, tmp_path / f"{file}.safetensors")
+
+
 def test_a_file_for_another_model_or_with_bad_numbers_changes_nothing(tmp_path):
     other = tiny_sdxl_pipeline()
     inject_krona(other, config())
@@ -326,7 +400,7 @@ def test_a_file_for_another_model_or_with_bad_numbers_changes_nothing(tmp_path):
         with unchanged(pipe), pytest.raises(AdapterFileError):
             call(pipe, file)
     tensors = load_file(file)
-    key = next(key for key in tensors if key.endswith("lokr_w2"))
+    *_, key = (key for key in tensors if key.endswith("lokr_w2"))
     for bad, error, message in (
         (tensors[key] * torch.nan, AdapterFileError, "infinity or a NaN"),
         (tensors[key].sign() * 1e38, MergeError, "Nothing was merged"),

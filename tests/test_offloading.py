@@ -93,7 +93,13 @@ def test_an_adapter_loads_into_a_model_that_is_offloaded_already(
     torch.testing.assert_close(output(other.unet), base, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("offload", [on_cpu, on_disk])
+def in_groups(unet: nn.Module, folder: Path) -> None:
+    apply_group_offloading(
+        unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+
+
+@pytest.mark.parametrize("offload", [on_cpu, on_disk, in_groups])
 @pytest.mark.parametrize("first", ["adapter", "offloading"])
 def test_offloaded_weights_are_merged_and_unmerged(
     tmp_path: Path, offload: Callable[[nn.Module, Path], None], first: str

@@ -156,6 +156,7 @@ def test_any_feed_forward_module_of_diffusers_is_found_by_its_class():
 def test_a_word_is_looked_up_anew_in_each_model(word, other):
     config = KronAConfig(a1=2, a2=2, target_modules=word)
     for model in (tiny_sd_pipeline().unet, other()):
+        assert set(target_layers(model, config)) == chosen(model, word)
         inject_krona(model, config)
         assert krona_layers(model).keys() == chosen(model, word)
     assert config.target_modules == word

@@ -41,6 +41,13 @@ def torchao_int8(granularity: str = "PerRow") -> nn.Module:
     return model[0]
 
 
+def torchao_dynamic() -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(plain())
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
+    return model[0]
+
+
 def quanto(weights: str = "qint8") -> nn.Module:
     library = pytest.importorskip("optimum.quanto")
     model = nn.Sequential(plain())
@@ -122,6 +129,10 @@ def test_a_merged_layer_computes_the_sum_to_its_formats_precision_and_unmerging_
     bare = build()(x())
     merge_krona(model)
     merged = model(x())
+    now = krona_layers(model)["0"].get_base_layer().weight
+    assert now is not weight
+    assert (type(now), now.requires_grad) == (type(weight), False)
+    assert {(t.shape, t.dtype) for t in stored(model)} == {(t.shape, t.dtype) for t in before}
     assert (unmerged - bare).abs().max() > 0.5
     coarse = next((c for label, c in COARSE.items() if label in request.node.callspec.id), 0.02)
     assert (merged - unmerged).norm() < coarse * unmerged.norm()
@@ -133,6 +144,33 @@ def test_a_merged_layer_computes_the_sum_to_its_formats_precision_and_unmerging_
     torch.testing.assert_close(model(x()), unmerged)
     unload_krona(model)
     torch.testing.assert_close(model(x()), bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [{"quant_type": "fp4"}, {"compress_statistics": True}, {"blocksize": 128}, {"quant_storage": torch.float16}],
+)
+def test_a_4bit_weight_is_merged_in_the_very_format_that_it_had(settings, dtype):
+    bnb = pytest.importorskip("bitsandbytes")
+    settings = {
+        "quant_type": "nf4",
+        "compress_statistics": False,
+        "blocksize": 64,
+        "quant_storage": torch.uint8,
+    } | settings
+    layer = bnb_4bit()
+    layer.weight = bnb.nn.Params4bit(plain().weight.detach().to(dtype), requires_grad=False, **settings).to("cpu")
+    model = adapted(lambda: layer, layout="transposed")
+    numbers = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    expected = (numbers + krona_layers(model)["0"].get_delta_weight("default").detach()).to(dtype)
+    data, state = bnb.functional.quantize_4bit(expected, **settings)
+    merge_krona(model)
+    weight = layer.weight
+    assert {name: getattr(weight, name) for name in settings} == settings
+    assert (weight.quant_state.dtype, weight.requires_grad, weight.dtype) == (dtype, False, settings["quant_storage"])
+    found = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert torch.equal(found, bnb.functional.dequantize_4bit(data, state))
 
 
 @every_format
@@ -173,8 +211,29 @@ def int4_weight_only() -> nn.Module:
     return model[0]
 
 
-def test_a_format_that_cannot_be_written_back_is_refused_by_its_name():
-    model = adapted(int4_weight_only)
+def test_a_merge_keeps_how_inputs_are_quantized():
+    model = adapted(torchao_dynamic)
+    base = krona_layers(model)["0"].get_base_layer()
+    weight, settings = base.weight, base.weight.act_quant_kwargs
+    assert settings is not None
+    merge_krona(model)
+    assert base.weight is not weight
+    assert base.weight.act_quant_kwargs == settings
+    unmerge_krona(model)
+    assert base.weight is weight
+
+
+def bnb_16bit() -> nn.Module:
+    """As bitsandbytes keeps layers whose weights are quantized anew at each call."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(H, D, has_fp16_weights=True)
+    layer.load_state_dict(plain().state_dict())
+    return layer
+
+
+@pytest.mark.parametrize("build", [int4_weight_only, bnb_16bit])
+def test_a_format_that_cannot_be_written_back_is_refused_by_its_name(build):
+    model = adapted(build)
     before = model(x())
     with pytest.raises(MergeError, match=r"keeps its weight as a \w+ .*cannot be written back.*unquantized"):
         merge_krona(model)

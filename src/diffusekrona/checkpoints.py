@@ -127,7 +127,7 @@ def folder_components(folder: Path) -> dict[str, nn.Module]:
         named = {part: index[part][1] for part in _ADAPTABLE if isinstance(index.get(part), list) and index[part][1]}
         with torch.device("meta"):
             return {part: _without_weights(folder / part, name) for part, name in named.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BaseModelError(f"{folder} is not a pipeline's folder that can be read ({error}).") from error
 
 

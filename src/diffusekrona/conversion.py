@@ -149,7 +149,7 @@ def components_for(source: Path, model: str | Path | None) -> dict[str, nn.Modul
             if all(_fits(update, components[part], layer) for (part, layer), update in updates.items()):
                 return components
             problems.append(f"{name}: its layers have other shapes")
-        except (AdapterFileError, FactorShapeError) as error:
+        except AdapterFileError as error:
             problems.append(f"{name}: {error}")
     raise AdapterFileError(
         f"{source} fits none of {', '.join(PIPELINES)}; say what it is for, with the folder of its base model.\n  "

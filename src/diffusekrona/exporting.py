@@ -60,7 +60,7 @@ def lokr_bytes(
     named = diffusers_name if naming == "lokr-diffusers" else kohya_name
     layers = {}
     for part, saved in adapters.items():
-        _check_sayable(saved)
+        check_sayable(saved)
         for name in target_layers(components[part], saved.config):
             layers[named(part, name, components)] = _factors(components[part], name, saved)
     tensors = lokr.tensors(layers)
@@ -68,7 +68,8 @@ def lokr_bytes(
     return safetensors_bytes(tensors, header)
 
 
-def _check_sayable(saved: SavedAdapter) -> None:
+def check_sayable(saved: SavedAdapter) -> None:
+    """Raise `AdapterFileError` if LoKr cannot say what an adapter is."""
     config = saved.config
     problem = (
         f"it sums {config.num_terms} products per layer and LoKr holds one: compress it to one term first"
@@ -109,10 +110,9 @@ def _header(
     }
     denoiser: Any = next(iter(components.values()))
     of = getattr(denoiser, "config", None)
-    for width in (getattr(of, "cross_attention_dim", None), None):
-        if (known := _ARCHITECTURES.get((type(denoiser).__name__, width))) is not None:
-            header["modelspec.architecture"], header["ss_base_model_version"] = f"{known[0]}/lora", known[1]
-            break
+    known = _ARCHITECTURES.get((type(denoiser).__name__, getattr(of, "cross_attention_dim", None)))
+    if known is not None:
+        header["modelspec.architecture"], header["ss_base_model_version"] = f"{known[0]}/lora", known[1]
     base = getattr(of, "_name_or_path", None) or config.base_model_name_or_path
     if base:
         header["ss_sd_model_name"] = str(base)

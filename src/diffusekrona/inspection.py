@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from rich.table import Table
 from torch import Tensor
 
 from .errors import AdapterFileError
+from .exporting import check_sayable
 from .formats import foreign
 from .formats import krona as krona_format
 from .formats.files import read_names
+from .formats.krona import SavedAdapter
 from .formats.loha import LoHa
 from .formats.lokr import LoKr
 from .formats.lora import LoRA
@@ -128,16 +130,16 @@ def inspect_file(path: Path) -> Inspection:
         metadata = {key: value for file in files.values() for key, value in read_names(file)[1].items()}
         layers = [_layer(name, update) for name, update in updates.items()]
         dora = any(update.dora_scale is not None for update in updates.values())
-    else:
-        layers, metadata, dora = _ours(path), {}, False
-    kinds = {layer.kind for layer in layers}
-    kind = kinds.pop() if len(kinds) == 1 else "mixed"
-    return Inspection(kind, layers, metadata, _becomes(kind, layers, dora))
+        kinds = {layer.kind for layer in layers}
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        return Inspection(kind, layers, metadata, _MERGED if dora else _becomes(kind))
+    adapters = krona_format.read(path)
+    return Inspection("krona", _ours(adapters, path), {}, _ours_become(adapters))
 
 
-def _ours(path: Path) -> list[LayerInspection]:
+def _ours(adapters: Mapping[str, SavedAdapter], path: Path) -> list[LayerInspection]:
     layers = []
-    for part, saved in krona_format.read(path).items():
+    for part, saved in adapters.items():
         names = [key.removesuffix(".krona_A") for key in saved.tensors if key.endswith(".krona_A")]
         layers += [_layer(_join(part, name), KronaUpdate.of(name, saved)) for name in names]
     if not layers:
@@ -145,14 +147,27 @@ def _ours(path: Path) -> list[LayerInspection]:
     return layers
 
 
-def _becomes(kind: str, layers: list[LayerInspection], dora: bool) -> list[str]:
-    merged = "merged weights, exactly (diffusekrona merge)"
-    nearest = "KronA, LoKr: the nearest Kronecker products (diffusekrona convert --factors or --budget)"
-    if dora:
-        return [merged]
-    if kind == "lokr" or (kind == "krona" and not any(" terms" in layer.shapes for layer in layers)):
-        return ["KronA, LoKr: exactly (diffusekrona convert)", merged]
-    return [nearest, merged] if kind not in ("krona", "reference") else ["KronA: exactly", nearest, merged]
+_MERGED = ["merged weights, exactly (diffusekrona merge)"]
+_NEAREST = ["KronA, LoKr: the nearest Kronecker products (diffusekrona convert --factors or --budget)"]
+_EXACT = ["KronA, LoKr: exactly (diffusekrona convert)"]
+
+
+def _becomes(kind: str) -> list[str]:
+    """What a file of another program can be converted to, unless it has DoRA's magnitudes."""
+    if kind == "lokr":
+        return _EXACT + _MERGED
+    return (["KronA: exactly"] if kind == "reference" else []) + _NEAREST + _MERGED
+
+
+def _ours_become(adapters: Mapping[str, SavedAdapter]) -> list[str]:
+    if any(saved.config.modules_to_save for saved in adapters.values()):
+        return ["KronA: exactly"]
+    try:
+        for saved in adapters.values():
+            check_sayable(saved)
+    except AdapterFileError:
+        return ["KronA: exactly", *_NEAREST, *_MERGED]
+    return _EXACT + _MERGED
 
 
 def _layer(name: str, update: Update) -> LayerInspection:

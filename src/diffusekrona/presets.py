@@ -73,7 +73,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _cross_attention_layers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        if hasattr(module, "processor") and getattr(module, "is_cross_attention", False):
+        if getattr(module, "is_cross_attention", False):
             yield from _linear_layers(name, module)
 
 
@@ -82,21 +82,25 @@ def _feed_forward_layers(model: nn.Module) -> Iterator[str]:
         if isinstance(module, FeedForward):
             yield from _linear_layers(name, module)
         elif hasattr(module, "proj_mlp") and hasattr(module, "proj_out"):
-            yield from (f"{name}.proj_mlp", f"{name}.proj_out")
+            yield from (_path(name, child) for child in ("proj_mlp", "proj_out"))
         elif any(_is_attention(child) for child in module.children()):
             for child_name, child in module.named_children():
                 if _BESIDE_ATTENTION.fullmatch(child_name):
-                    yield from _linear_layers(f"{name}.{child_name}" if name else child_name, child)
+                    yield from _linear_layers(_path(name, child_name), child)
 
 
 def _linear_layers(prefix: str, module: nn.Module) -> Iterator[str]:
     """Names of the linear layers in a module; one with adapters counts as one."""
     for name, child in module.named_children():
-        path = f"{prefix}.{name}" if prefix else name
+        path = _path(prefix, name)
         if isinstance(child.get_base_layer() if isinstance(child, BaseTunerLayer) else child, nn.Linear):
             yield path
         else:
             yield from _linear_layers(path, child)
+
+
+def _path(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _ending_in(common: tuple[str, ...], model: nn.Module) -> Iterator[str]:

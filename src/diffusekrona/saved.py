@@ -118,6 +118,8 @@ class KronaUpdate(Update):
             for key in ("A", "B", "B1", "B2")
             if f"{name}.krona_{key}" in saved.tensors
         }
+        if "A" not in factors or not factors.keys() & {"B", "B1"} or ("B1" in factors) != ("B2" in factors):
+            raise AdapterFileError(f"{saved.source} has not all factors of the layer {name}.")
         A = factors["A"]
         B = factors["B"] if "B" in factors else torch.matmul(factors["B1"], factors["B2"])
         terms = [(A, B)] if A.dim() == 2 else list(zip(A.unbind(), B.unbind(), strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.formats import foreign
+from diffusekrona.formats.scales import HEADER
 
 ONE = torch.ones(2, 2)
 FILES: dict[str, dict[str, Tensor]] = {
@@ -57,6 +58,11 @@ def test_two_tensors_for_one_part_are_refused() -> None:
         foreign.parse({"x.lora_down.weight": ONE, "x.lora_A.weight": ONE, "x.lora_up.weight": ONE})
 
 
+def test_factors_that_are_no_matrices_are_refused_under_the_names_of_older_diffusers() -> None:
+    with pytest.raises(AdapterFileError, match=r"the layer x holds up of shape 2, where"):
+        foreign.parse({"x_lora.up.weight": torch.ones(2), "x_lora.down.weight": torch.ones(2)})
+
+
 def test_an_empty_file_is_refused() -> None:
     with pytest.raises(AdapterFileError, match="dog holds no tensors"):
         foreign.parse({}, source="dog")
@@ -95,6 +101,9 @@ def test_a_config_beside_counts_only_for_pefts_own_file_name(tmp_path: Path) -> 
     for name, scale in (("adapter_model.safetensors", 0.25), ("other.safetensors", 1.0)):
         save_file(tensors, tmp_path / name)
         assert torch.equal(foreign.read(tmp_path / name)["a"].delta(), torch.full((4, 4), scale))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {HEADER: json.dumps({**config, "alpha": 2})})
+    assert torch.equal(foreign.read(tmp_path / "adapter_model.safetensors")["a"].delta(), torch.full((4, 4), 0.5))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json cannot be read"):
         foreign.read(tmp_path / "adapter_model.safetensors")

@@ -27,6 +27,12 @@ def test_an_alpha_does_not_count() -> None:
     assert torch.equal(update.delta(), diff.float())
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3)])
+def test_an_update_without_dimensions_or_entries_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(AdapterFileError, match="the layer x holds diff of shape"):
+        foreign.parse({"x.diff": torch.ones(shape)})
+
+
 def test_a_nan_is_found() -> None:
     with pytest.raises(AdapterFileError, match="the layer x holds an infinity or a NaN in diff"):
         foreign.parse({"x.diff": torch.tensor([[torch.nan]])})

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from torch import nn
 
-from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona
+from diffusekrona import KronAConfig, inject_krona, load_krona, merge_file, save_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.formats import hub
 from tests.modules import network
@@ -60,7 +60,8 @@ def test_a_hub_repository_is_fetched_without_anything_but_safetensors_and_json(
     model, loaded = saved(tmp_path), network()
     adapter = load_krona(loaded, "someone/my-dog", revision="v2", token="abc")
     options = {"revision": "v2", "token": "abc", "allow_patterns": ["*.safetensors", "*.json"]}
-    assert calls == [("someone/my-dog", options)]
+    merge_file(network(), "someone/my-dog", revision="v2", token="abc")
+    assert calls == [("someone/my-dog", options)] * 2
     factors = [name for name, _ in model.named_parameters() if "krona" in name]
     assert len(list(adapter.parameters())) == len(factors)
 

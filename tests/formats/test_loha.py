@@ -70,9 +70,16 @@ def test_the_update_of_a_file_that_diffusers_wrote_is_pefts(tmp_path: Path) -> N
 FAULTS: dict[str, tuple[str, Callable[[], dict[str, Tensor]]]] = {
     "half": ("lacks w2_a", lambda: {"w1_a": random(4, 2), "w1_b": random(2, 3)}),
     "ranks": ("do not fit", lambda: parts_of(4, 3, 2) | {"w2_b": random(3, 3)}),
+    "first ranks": ("do not fit", lambda: parts_of(4, 3, 2) | {"w1_b": random(3, 3)}),
     "outputs": ("do not fit", lambda: parts_of(4, 3, 2) | {"w2_a": random(5, 2)}),
     "inputs": ("do not fit", lambda: parts_of(4, 3, 2) | {"w2_b": random(2, 5)}),
     "one core": ("lacks t2", lambda: parts_of(2, 2, 2) | {"t1": random(2, 2, 3, 3)}),
+    "other core": ("lacks t1", lambda: parts_of(2, 2, 2) | {"t2": random(2, 2, 3, 3)}),
+    "first core": ("do not fit", lambda: parts_of(2, 2, 2) | {"t1": random(2, 3, 3, 3), "t2": random(2, 2, 3, 3)}),
+    "outputs with cores": (
+        "do not fit",
+        lambda: parts_of(2, 2, 2) | {"t1": random(2, 2, 3, 3), "t2": random(2, 2, 3, 3), "w2_a": random(2, 5)},
+    ),
     "kernels": ("do not fit", lambda: parts_of(2, 2, 2) | {"t1": random(2, 2, 3, 3), "t2": random(2, 2, 1, 1)}),
     "core": ("do not fit", lambda: parts_of(2, 2, 2) | {"t1": random(2, 2, 3, 3), "t2": random(2, 3, 3, 3)}),
     "NaN": ("NaN in w1_a", lambda: parts_of(4, 3, 2) | {"w1_a": random(4, 2) * torch.nan}),

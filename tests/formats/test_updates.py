@@ -1,11 +1,14 @@
 """What all kinds of update share: fitting a weight, DoRA, and how much a file holds."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.formats import foreign
+from diffusekrona.formats.scales import HEADER
 from diffusekrona.formats.updates import Update
 
 
@@ -40,7 +43,10 @@ def test_a_weight_of_another_shape_is_refused(delta: tuple[int, ...], weight: tu
         update(torch.zeros(delta)).change(torch.zeros(weight))
 
 
-@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight", "dora_scale"],
+)
 def test_dora_sets_the_norm_of_every_row(name: str) -> None:
     weight, diff, magnitude = torch.randn(5, 3), torch.randn(5, 3), torch.rand(5) + 1
     made = update(diff, **{name: magnitude if "lora" in name else magnitude[:, None]})
@@ -58,6 +64,20 @@ def test_doras_magnitudes_of_a_convolution_are_transposed_in_peft() -> None:
     torch.testing.assert_close(rows.flatten(1).norm(dim=1), magnitude.flatten())
     columns = weight + update(diff, dora_scale=magnitude).change(weight)
     torch.testing.assert_close(columns.transpose(0, 1).flatten(1).norm(dim=1), magnitude.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dora_is_computed_in_fp32_whatever_the_weights_dtype(dtype: torch.dtype) -> None:
+    weight, diff, magnitude = torch.randn(5, 3).to(dtype), torch.randn(5, 3), torch.rand(5, 1) + 1
+    made = update(diff, dora_scale=magnitude)
+    assert torch.equal(made.change(weight), made.change(weight.float()))
+    assert made.change(weight).dtype == torch.float32
+
+
+def test_a_layers_own_alpha_may_be_whole_and_wins_over_the_headers() -> None:
+    tensors = {"x.lora_up.weight": torch.ones(3, 2), "x.lora_down.weight": torch.ones(2, 3), "x.alpha": torch.tensor(6)}
+    header = {HEADER: json.dumps({"r": 2, "lora_alpha": 1})}
+    assert torch.equal(foreign.parse(tensors, header)["x"].delta(), torch.full((3, 3), 6.0))
 
 
 def test_a_row_of_zeros_stays_one_under_dora() -> None:

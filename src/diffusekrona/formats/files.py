@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
@@ -78,6 +79,15 @@ def data_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of what follows the header in a file of these tensors, by which kohya's scripts know a file."""
     content = safetensors.save(_on_cpu(tensors))
     return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of tensors, with their names, dtypes and shapes, and of a text."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(_on_cpu(tensors).items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

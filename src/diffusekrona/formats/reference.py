@@ -54,4 +54,4 @@ def read(layer: LayerTensors) -> Reference:
     if "alpha" in layer.parts:
         raise layer.error("holds up and down of different ranks and an alpha, which neither LoRA nor DiffuseKronA has")
     down, up = layer.matrix("down"), layer.matrix("up")
-    return Reference(down.T.contiguous(), up, **layer.common())
+    return Reference(down.T, up, **layer.common())
