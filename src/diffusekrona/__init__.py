@@ -6,8 +6,8 @@ The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `fa
 
 from . import mixed as mixed  # which enters KronA in PEFT's mixed models
 from .config import KronAConfig
-from .folding import merge_file
 from .hotswap import hotswap_krona
+from .interchange.folding import merge_file
 from .layer import KronALayer
 from .model import KronAModel
 from .ops import kron_linear

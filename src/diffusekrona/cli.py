@@ -18,18 +18,18 @@ from typer.core import TyperGroup
 
 from .architectures import ARCHITECTURES, PIPELINES, build
 from .base import default_device, load_base
-from .checkpoints import merge_into_files
+from .interchange.weights import merge_into_files
 from .config import ATTENTION, KronAConfig
-from .conversion import Conversion, Target
-from .conversion import convert as convert_file
+from .interchange.conversion import Conversion, Target
+from .interchange.conversion import convert as convert_file
 from .demo.run import TRAINING as DEMO_TRAINING
 from .demo.run import DemoPaths, run_demo
 from .demo.table import rich_table
 from .errors import KronAError
-from .exporting import Format
-from .finetune import extract as extract_adapter
+from .interchange.exporting import Format
+from .interchange.finetune import extract as extract_adapter
 from .generation import generate_images
-from .inspection import METHODS, inspect_file
+from .interchange.inspection import METHODS, inspect_file
 from .pipeline import inject_krona, load_krona, merge_krona, save_krona
 from .progress import errors, progress, training_progress
 from .report import krona_report

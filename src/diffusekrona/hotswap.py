@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .components import adaptable_components, adapter_names, named_adapter
 from .errors import AdapterFileError, MergeError
-from .fit import check_fit
 from .formats import krona as krona_format
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
 from .injected import adapter_tensors, krona_layers
+from .interchange.fit import check_fit
+from .interchange.saved import by_component
 from .layer import KronALayer
-from .saved import by_component
 from .targets import layer_alpha
 
 

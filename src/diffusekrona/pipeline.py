@@ -30,13 +30,10 @@ from .components import (
 )
 from .config import KronAConfig
 from .errors import AdapterFileError, AdapterNameError, MergeError
-from .exporting import Format, check_format, lokr_bytes
-from .fit import check_fit
 from .formats import krona as krona_format
 from .formats.files import write_whole
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
-from .importing import read_adapters
 from .injected import (
     adapter_tensors,
     krona_layers,
@@ -45,6 +42,9 @@ from .injected import (
     terms_to_merge,
     undone_on_error,
 )
+from .interchange.exporting import Format, check_format, lokr_bytes
+from .interchange.fit import check_fit
+from .interchange.importing import read_adapters
 from .layer import KronALayer
 from .merged import check_in_memory
 

@@ -10,17 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .components import is_denoiser
-from .errors import AdapterFileError
-from .factors import Layout
+from ..components import is_denoiser
+from ..errors import AdapterFileError
+from ..factors import Layout
+from ..formats import foreign
+from ..formats import krona as krona_format
+from ..formats.krona import SavedAdapter
+from ..formats.updates import Update
+from ..ops import dense_update
+from ..targets import layer_alpha, target_layers
 from .fit import check_fit
-from .formats import foreign
-from .formats import krona as krona_format
-from .formats.krona import SavedAdapter
-from .formats.updates import Update
 from .naming import resolve
-from .ops import dense_update
-from .targets import layer_alpha, target_layers
 
 Place = tuple[str, str]
 """Component and name of a layer."""

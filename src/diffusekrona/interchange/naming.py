@@ -21,8 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import AdapterFileError
-from .formats.krona import DENOISERS, TEXT_ENCODERS
+from ..errors import AdapterFileError
+from ..formats.krona import DENOISERS, TEXT_ENCODERS
 
 _PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIXES = {

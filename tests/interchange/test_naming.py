@@ -22,7 +22,7 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from diffusekrona import KronAConfig, architectures, inject_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.formats import foreign
-from diffusekrona.naming import (
+from diffusekrona.interchange.naming import (
     diffusers_name,
     foreign_names,
     kohya_name,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from diffusekrona import KronAConfig, inject_krona, load_krona, merge_file, merge_krona, save_krona, unmerge_krona
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.errors import AdapterFileError, MergeError
-from diffusekrona.exporting import lokr_bytes
 from diffusekrona.formats.files import data_hash
 from diffusekrona.formats.krona import SavedAdapter
 from diffusekrona.injected import krona_layers
+from diffusekrona.interchange.exporting import lokr_bytes
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import unchanged
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffusekrona import KronAConfig
 from diffusekrona.errors import AdapterFileError
-from diffusekrona.fit import check_fit
 from diffusekrona.formats.krona import SavedAdapter
+from diffusekrona.interchange.fit import check_fit
 from tests.modules import network
 from tests.snapshots import unchanged
 

@@ -11,17 +11,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .base import BaseModelError
-from .checkpoints import folder_components
-from .config import ATTENTION, KronAConfig
+from ..base import BaseModelError
+from ..config import ATTENTION, KronAConfig
+from ..exact import arithmetic_dtype
+from ..formats.files import read_names
+from ..formats.updates import Update
+from ..targets import target_layers
 from .conversion import Conversion, Progress, Target, check_output, write_nearest
-from .exact import arithmetic_dtype
 from .exporting import Format
-from .formats.files import read_names
-from .formats.updates import Update
 from .naming import foreign_names
 from .saved import Place
-from .targets import target_layers
+from .weights import folder_components
 
 
 def extract(

@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from .errors import AdapterFileError
-from .formats import lokr
-from .formats.files import data_hash, safetensors_bytes
-from .formats.krona import SavedAdapter
+from ..errors import AdapterFileError
+from ..formats import lokr
+from ..formats.files import data_hash, safetensors_bytes
+from ..formats.krona import SavedAdapter
+from ..targets import layer_alpha, layer_shapes, target_layers
 from .naming import diffusers_name, kohya_name
-from .targets import layer_alpha, layer_shapes, target_layers
 
 Format = Literal["krona", "lokr", "lokr-diffusers"]
 """Ours; LoKr with the names of kohya's scripts, LyCORIS and ComfyUI; LoKr with the names of Diffusers."""

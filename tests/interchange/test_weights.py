@@ -17,9 +17,9 @@ from torch import nn
 from diffusekrona import KronAConfig, inject_krona, merge_file, save_krona, unload_krona
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.base import BaseModelError
-from diffusekrona.checkpoints import checkpoint_layers, folder_components, merge_into_files
 from diffusekrona.errors import AdapterFileError, MergeError
-from diffusekrona.naming import original_unet_name
+from diffusekrona.interchange.naming import original_unet_name
+from diffusekrona.interchange.weights import checkpoint_layers, folder_components, merge_into_files
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
@@ -194,7 +194,7 @@ def test_failures_leave_nothing_behind(tmp_path, pipe):
     with pytest.raises(MergeError, match="infinity or a NaN"):
         merge_into_files(tmp_path / "base", adapter, tmp_path / "merged", weight=1e39)
     with (
-        mock.patch("diffusekrona.checkpoints.shutil.copy2", side_effect=OSError(28, "No space left on device")),
+        mock.patch("diffusekrona.interchange.weights.shutil.copy2", side_effect=OSError(28, "No space left on device")),
         pytest.raises(OSError, match="No space"),
     ):
         merge_into_files(tmp_path / "base", adapter, tmp_path / "merged")

@@ -18,13 +18,13 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .architectures import build_pipeline
-from .base import BaseModelError
-from .errors import MergeError
-from .exact import MERGEABLE_DTYPES
+from ..architectures import build_pipeline
+from ..base import BaseModelError
+from ..errors import MergeError
+from ..exact import MERGEABLE_DTYPES
+from ..formats.files import read_names
+from ..formats.krona import DENOISERS, TEXT_ENCODERS
 from .folding import merged
-from .formats.files import read_names
-from .formats.krona import DENOISERS, TEXT_ENCODERS
 from .naming import foreign_names, layer_names, original_unet_name
 from .saved import Place, updates_in
 

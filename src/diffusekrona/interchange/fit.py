@@ -6,10 +6,10 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .errors import AdapterFileError, FactorShapeError
-from .formats.krona import SavedAdapter
-from .model import KronAModel
-from .targets import layer_shapes, target_layers
+from ..errors import AdapterFileError, FactorShapeError
+from ..formats.krona import SavedAdapter
+from ..model import KronAModel
+from ..targets import layer_shapes, target_layers
 
 
 def check_fit(component: nn.Module, saved: SavedAdapter) -> None:

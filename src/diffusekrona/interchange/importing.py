@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .config import KronAConfig
-from .errors import AdapterFileError
-from .factors import FactorShapes, Layout, update_shapes
-from .formats import krona as krona_format
-from .formats.krona import SavedAdapter
-from .formats.lokr import LoKr
-from .formats.reference import Reference
-from .formats.updates import Update, flat
+from ..config import KronAConfig
+from ..errors import AdapterFileError
+from ..factors import FactorShapes, Layout, update_shapes
+from ..formats import krona as krona_format
+from ..formats.krona import SavedAdapter
+from ..formats.lokr import LoKr
+from ..formats.reference import Reference
+from ..formats.updates import Update, flat
+from ..targets import common_and_pattern, target_only
 from .saved import Place, by_component, foreign_updates
-from .targets import common_and_pattern, target_only
 
 
 def read_adapters(source: Path, components: Mapping[str, nn.Module]) -> dict[str, SavedAdapter]:

@@ -13,17 +13,17 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .errors import AdapterFileError
+from ..errors import AdapterFileError
+from ..formats import foreign
+from ..formats import krona as krona_format
+from ..formats.files import read_names
+from ..formats.krona import SavedAdapter
+from ..formats.loha import LoHa
+from ..formats.lokr import LoKr
+from ..formats.lora import LoRA
+from ..formats.reference import Reference
+from ..formats.updates import Update, flat
 from .exporting import check_sayable
-from .formats import foreign
-from .formats import krona as krona_format
-from .formats.files import read_names
-from .formats.krona import SavedAdapter
-from .formats.loha import LoHa
-from .formats.lokr import LoKr
-from .formats.lora import LoRA
-from .formats.reference import Reference
-from .formats.updates import Update, flat
 from .saved import KronaUpdate
 
 METHODS = {

@@ -10,11 +10,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from diffusekrona import KronAConfig, inject_krona, save_krona
-from diffusekrona.conversion import convert
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.formats import foreign
 from diffusekrona.injected import krona_layers
-from diffusekrona.inspection import inspect_file
+from diffusekrona.interchange.conversion import convert
+from diffusekrona.interchange.inspection import inspect_file
 from tests.pipelines import tiny_sd_pipeline
 
 
