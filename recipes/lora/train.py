@@ -14,8 +14,7 @@ from peft import LoraConfig
 
 from diffusekrona.demo.run import TARGETS, TRAINING, DemoPaths
 from diffusekrona.progress import training_progress
-from diffusekrona.training.data import load_folder
-from diffusekrona.training.loop import fit
+from diffusekrona.training import ImagePlan, fit, load_folder
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "examples" / "toy-bear-lora"
@@ -28,15 +27,17 @@ def main() -> None:
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False)
     pipe.unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, init_lora_weights="gaussian"))
-    parameters = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    images = load_folder(ROOT / "examples" / "toy-bear", "a sks toy", size)
-    with training_progress(TRAINING.steps) as on_step:
+    images = load_folder(ROOT / "examples" / "toy-bear", "a sks toy", ImagePlan(size))
+    with training_progress(TRAINING.max_train_steps) as on_step:
         result = fit(pipe, images, parameters, TRAINING, on_step)
-    for parameter in parameters:
+    for parameter in parameters.values():
         parameter.data = parameter.data.half()  # half the file, and more than enough digits
     pipe.unet.save_lora_adapter(OUTPUT)
-    print(f"{sum(p.numel() for p in parameters):,} parameters, loss {result.final_loss:.4f}, {OUTPUT.name} written")
+    print(
+        f"{sum(p.numel() for p in parameters.values()):,} parameters, loss {result.final_loss:.4f}, {OUTPUT.name} written"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,13 +67,19 @@ def build(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -
     """
     if name not in ARCHITECTURES:
         raise KronAError(f"No architecture is named {name!r}; there are: {', '.join(ARCHITECTURES)}.")
-    default = torch.get_default_dtype()
+    with default_dtype(dtype), torch.device(device):
+        return ARCHITECTURES[name]()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new weights in this dtype."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
-            return ARCHITECTURES[name]()
+        yield
     finally:
-        torch.set_default_dtype(default)
+        torch.set_default_dtype(before)
 
 
 def build_pipeline(name: str) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from .errors import KronAError
@@ -38,6 +39,21 @@ def load_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return _from_hub(str(base), folder.absolute(), dtype)
 
 
+def base_configs(base: str | Path) -> Path:
+    """A folder with a pipeline's configurations; of a model on the hub, nothing else is fetched.
+
+    Raises:
+        BaseModelError: neither a folder nor a model that the hub or its local cache has.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(base), allow_patterns="*.json"))
+    except (OSError, ValueError) as error:
+        raise _no_such_base(str(base), folder.absolute(), error) from error
+
+
 def default_device() -> torch.device:
     """CUDA where there is one, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
@@ -66,13 +82,17 @@ def _from_hub(name: str, folder: Path, dtype: torch.dtype) -> Any:
             'Hugging Face hub, which looks like "owner/name". Check the path.'
         ) from error
     except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"There is no base model {name!r}: no folder {folder}, and the Hugging Face hub did not give one "
-            "of that name (it could not be reached, has no such model, or wants you to log in), nor did its "
-            "local cache. Check the spelling and the connection, or give a folder that "
-            "pipe.save_pretrained(folder) wrote. "
-            f"The hub's client said: {_first_sentence(error)}"
-        ) from error
+        raise _no_such_base(name, folder, error) from error
+
+
+def _no_such_base(name: str, folder: Path, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"There is no base model {name!r}: no folder {folder}, and the Hugging Face hub did not give one "
+        "of that name (it could not be reached, has no such model, or wants you to log in), nor did its "
+        "local cache. Check the spelling and the connection, or give a folder that "
+        "pipe.save_pretrained(folder) wrote. "
+        f"The hub's client said: {_first_sentence(error)}"
+    )
 
 
 def _first_sentence(error: Exception) -> str:

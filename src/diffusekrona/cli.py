@@ -18,25 +18,35 @@ from typer.core import TyperGroup
 
 from .architectures import ARCHITECTURES, PIPELINES, build
 from .base import default_device, load_base
-from .interchange.weights import merge_into_files
 from .config import ATTENTION, KronAConfig
-from .interchange.conversion import Conversion, Target
-from .interchange.conversion import convert as convert_file
 from .demo.run import TRAINING as DEMO_TRAINING
 from .demo.run import DemoPaths, run_demo
 from .demo.table import rich_table
 from .errors import KronAError
+from .generation import generate_images
+from .interchange.conversion import Conversion, Target
+from .interchange.conversion import convert as convert_file
 from .interchange.exporting import Format
 from .interchange.finetune import extract as extract_adapter
-from .generation import generate_images
 from .interchange.inspection import METHODS, inspect_file
-from .pipeline import inject_krona, load_krona, merge_krona, save_krona
+from .interchange.weights import merge_into_files
+from .options import factor_pattern, with_settings
+from .pipeline import inject_krona, load_krona, merge_krona
 from .progress import errors, progress, training_progress
 from .report import krona_report
-from .training import TrainingConfig, train_dreambooth
-from .training.config import Precision, Schedule
+from .training import TrainingInterrupted
+from .training.plan import plan as plan_run
+from .training.plan import plan_table
+from .training.run import run
+from .training.settings import Settings, read_settings
 
 console = Console()
+
+
+def _stopped(interrupt: KeyboardInterrupt) -> str:
+    if isinstance(interrupt, TrainingInterrupted) and interrupt.checkpoint is not None:
+        return f"{interrupt} Its state is in {interrupt.checkpoint}; the same command with --resume goes on from there."
+    return "Stopped before the end."
 
 
 class _Commands(TyperGroup):
@@ -49,7 +59,7 @@ class _Commands(TyperGroup):
             errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
-            errors.print("Stopped before the end.")
+            errors.print(_stopped(interrupt), soft_wrap=True)
             raise typer.Exit(130) from interrupt
 
 
@@ -81,66 +91,23 @@ def main() -> None:
 Base = Annotated[str, typer.Option(help="Base model: a Diffusers pipeline folder, or its id on the hub.")]
 
 
-@app.command()
+@app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@with_settings
 def train(
-    base: Base,
-    images: Annotated[Path, typer.Option(help="Folder of 3 to 5 images; name.txt beside an image is its prompt.")],
-    prompt: Annotated[str, typer.Option(help='The subject: a rare word and its class, such as "a sks toy".')],
-    output: Annotated[Path, typer.Option(help="Where to save: a folder, or a file that ends in .safetensors.")],
-    a1: Annotated[int, typer.Option(help="Rows of A; must divide every layer's outputs.")] = 4,
-    a2: Annotated[int, typer.Option(help="Columns of A; must divide every layer's inputs.")] = 64,
-    factors: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX=A1,A2", help="Other factors for some layers; repeatable."),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or TOML file of settings, by the names of the flags, which win over it.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Scale of the update.")] = 1.0,
-    dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(help="Images per pass.")] = 1,
-    gradient_accumulation_steps: Annotated[int, typer.Option(help="Passes per optimizer step.")] = 1,
-    resolution: Annotated[
-        int | None, typer.Option(show_default="the base's", help="Side of the images in pixels.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    lr_schedule: Annotated[Schedule, typer.Option(help="Learning-rate schedule.")] = "constant",
-    lr_warmup_steps: Annotated[int, typer.Option(help="Warm-up steps of the schedule.")] = 0,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 1e-2,
-    max_grad_norm: Annotated[float, typer.Option(help="Longest gradient; longer ones are scaled down.")] = 1.0,
-    snr_gamma: Annotated[
-        float | None, typer.Option(show_default="off", help="γ of Min-SNR weighting, usually 5.")
-    ] = None,
-    mixed_precision: Annotated[Precision, typer.Option(help="Type that matrix products are computed in.")] = "no",
-    dtype: Annotated[
-        DType, typer.Option(help="Type of the frozen base; the 16-bit ones take half the memory.")
-    ] = DType.float32,
-    horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror images half of the time.")] = False,
-    text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Adapt the text encoders, too.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the run would take; nothing is loaded.")] = False,
+    **given: Any,
 ) -> None:
     """Teach a base model one subject from a few images (DreamBooth), and save the adapter."""
-    adapter = KronAConfig(a1=a1, a2=a2, alpha=alpha, dropout=dropout, factor_pattern=_factor_pattern(factors or []))
-    config = TrainingConfig(
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        resolution=resolution,
-        seed=seed,
-        lr_schedule=lr_schedule,
-        lr_warmup_steps=lr_warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        snr_gamma=snr_gamma,
-        mixed_precision=mixed_precision,
-        horizontal_flip=horizontal_flip,
-        text_encoders=text_encoders,
-    )
-    _make_room_for(output)
-    pipe = load_base(base, dtype.in_torch)
-    with training_progress(steps) as on_step:
-        result = train_dreambooth(pipe, images, prompt, config, adapter, on_step=on_step)
-    save_krona(pipe, output)
-    report = krona_report(pipe)
+    settings = Settings.of({**(read_settings(config) if config else {}), **given})
+    if plan:
+        console.print(plan_table(plan_run(settings)))
+        return
+    with training_progress(settings.training.max_train_steps) as on_step:
+        outcome = run(settings, on_step)
+    result, report = outcome.result, outcome.report
     console.print(
         f"Adapted {len(report.layers)} layers with {report.parameters:,} trainable parameters, "
         f"{report.share:.3%} of the base's; LoRA r=4 has {report.lora_parameters:,}.",
@@ -150,7 +117,10 @@ def train(
         f"{result.steps} steps on {result.images} images in {result.seconds:.1f} s, final loss {result.final_loss:.4f}",
         soft_wrap=True,
     )
-    console.print(f"Saved {escape(str(output))}, {decimal(_bytes_in(output))}", soft_wrap=True)
+    for path in outcome.saved:
+        size = sum(file.stat().st_size for file in _adapter_files(path))
+        console.print(f"Saved {escape(str(path))}, {decimal(size)}", soft_wrap=True)
+    console.print(f"Report: {escape(str(outcome.page))}", soft_wrap=True)
 
 
 @app.command()
@@ -222,7 +192,7 @@ def params(
 ) -> None:
     """Count what an adapter would train, without weights: shapes, parameters, ranks, cost, LoRA beside it."""
     target = build(model) if model in ARCHITECTURES else load_base(model, torch.float32)
-    inject_krona(target, KronAConfig(a1=a1, a2=a2, factor_pattern=_factor_pattern(factors or [])))
+    inject_krona(target, KronAConfig(a1=a1, a2=a2, factor_pattern=factor_pattern(factors or [])))
     console.print(krona_report(target).table(every_layer))
 
 
@@ -334,21 +304,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the adapter and the pictures.")] = DemoPaths.output,
 ) -> None:
     """Teach the repository's small base model a new subject; save, reload, merge, generate and measure."""
-    with training_progress(DEMO_TRAINING.steps) as on_step:
+    with training_progress(DEMO_TRAINING.max_train_steps) as on_step:
         result = run_demo(DemoPaths(base, judge, subject, output), on_step=on_step, on_stage=console.print)
     console.print(rich_table(result))
     console.print(escape(str(result.picture)), soft_wrap=True)
-
-
-def _factor_pattern(options: list[str]) -> dict[str, tuple[int, int]]:
-    """`REGEX=A1,A2` options as KronAConfig's `factor_pattern`. The expression may hold equals signs."""
-    pattern = {}
-    for option in options:
-        found = re.fullmatch(r"(.+)=\s*(\d+)\s*,\s*(\d+)\s*", option)
-        if found is None:
-            raise KronAError(f'--factors takes REGEX=A1,A2, such as "to_k|to_v=2,32", not {option!r}.')
-        pattern[found[1].strip()] = (int(found[2]), int(found[3]))
-    return pattern
 
 
 def _target(factors: str | None, budget: float | None, num_terms: int | None) -> Target:
@@ -395,21 +354,8 @@ def _use_adapter(pipe: Any, path: Path, weight: float, merge: bool) -> None:
         merge_krona(pipe)
 
 
-def _make_room_for(output: Path) -> None:
-    """Fail before the training, not after it, where the adapter could not be saved."""
-    if output.suffix == ".safetensors":
-        if output.is_dir():
-            raise KronAError(f"--output {output} is a folder; a file that ends in .safetensors was expected.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-    elif output.is_file():
-        raise KronAError(f"--output {output} is a file; give a folder, or a file that ends in .safetensors.")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-
-
-def _bytes_in(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
+def _adapter_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.rglob("adapter_model.safetensors"))
 
 
 def _slug(prompt: str, length: int = 40) -> str:

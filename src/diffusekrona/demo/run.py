@@ -32,7 +32,9 @@ SEEDS = (0, 1)
 # All linear layers of the transformer blocks: on this small base, attention alone blurs the face and the backgrounds.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 KRONA = KronAConfig(a1=2, a2=4, target_modules=TARGETS)
-TRAINING = TrainingConfig(steps=1100, batch_size=8, learning_rate=3e-3, lr_schedule="cosine", mixed_precision="bf16")
+TRAINING = TrainingConfig(
+    max_train_steps=1100, train_batch_size=8, learning_rate=3e-3, lr_scheduler="cosine", mixed_precision="bf16"
+)
 GUIDANCE = 1.5  # at the base's 3 a subject learnt from five pictures comes out overdrawn
 
 

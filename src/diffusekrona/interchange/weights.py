@@ -116,8 +116,8 @@ def _merge_file(base: Path, adapter: Path, output: Path, weight: float) -> int:
     return len(changes)
 
 
-def folder_components(folder: Path) -> dict[str, nn.Module]:
-    """The denoiser and text encoders of a pipeline's folder, without weights.
+def folder_components(folder: Path, device: str = "meta") -> dict[str, nn.Module]:
+    """The denoiser and text encoders of a pipeline's folder, without its weights: by default without any.
 
     Raises:
         BaseModelError: it is no pipeline's folder, or has a component of an unknown class.
@@ -125,7 +125,7 @@ def folder_components(folder: Path) -> dict[str, nn.Module]:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         named = {part: index[part][1] for part in _ADAPTABLE if isinstance(index.get(part), list) and index[part][1]}
-        with torch.device("meta"):
+        with torch.device(device):
             return {part: _without_weights(folder / part, name) for part, name in named.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BaseModelError(f"{folder} is not a pipeline's folder that can be read ({error}).") from error

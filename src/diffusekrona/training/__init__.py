@@ -1,22 +1,38 @@
 """DreamBooth training: `train_dreambooth` for a Kronecker adapter, `fit` for any parameters of a pipeline."""
 
+from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
 from .config import TrainingConfig
-from .data import TrainingImage, load_folder, prepare_images
-from .dreambooth import train_dreambooth
-from .errors import DatasetError, TrainingConfigError, TrainingDivergedError, UnsupportedPipelineError
+from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
+from .dreambooth import train_dreambooth, training_resolution
+from .errors import (
+    CheckpointError,
+    DatasetError,
+    TrainingConfigError,
+    TrainingDivergedError,
+    TrainingInterrupted,
+    UnsupportedPipelineError,
+)
 from .loop import TrainingResult, TrainingStep, fit
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpoints",
     "DatasetError",
+    "ImagePlan",
     "TrainingConfig",
     "TrainingConfigError",
     "TrainingDivergedError",
     "TrainingImage",
+    "TrainingInterrupted",
     "TrainingResult",
     "TrainingStep",
     "UnsupportedPipelineError",
     "fit",
+    "load_dataset",
     "load_folder",
     "prepare_images",
+    "read_checkpoint",
     "train_dreambooth",
+    "training_resolution",
 ]

@@ -1,60 +1,115 @@
-"""Random batches: which images, which noise and how much of it; and what the UNet makes of them."""
+"""The loss of each batch of a run: which images, which noise and how much of it; what the denoiser says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
-from .conditioning import TextConditioning
 from .config import TrainingConfig
 from .data import TrainingImage
+from .draws import Draw, Order, generator_for
+from .families import Family
 from .latents import LatentPosteriors
-from .objective import DenoisingObjective
+from .objective import objective_of
+from .texts import Texts
 
 
 class Batches:
-    """Draws random batches of a pipeline's training images and computes their loss.
+    """The batches that one set of training images makes, numbered from 0, and this process's share of them.
 
     Args:
-        pipe: a pipeline that `check_pipeline` accepts, on the device to train on.
+        name: of the set, such as "subject".
+        pipe: the pipeline that is trained, its denoiser on the device to train on.
+        family: of the pipeline.
         images: what to draw from; all are used equally often.
-        config: batch size, flips, the loss's weights, and whether the text encoders are trained.
-        generator: decides all that is random here; on the CPU.
+        config: batch size, the loss's weights, and whether the text encoders are trained.
+        accelerator: device and processes.
+        folder: for what is cached on disk.
     """
 
     def __init__(
-        self, pipe: Any, images: Sequence[TrainingImage], config: TrainingConfig, generator: torch.Generator
+        self,
+        name: str,
+        pipe: Any,
+        family: Family,
+        images: Sequence[TrainingImage],
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        folder: Path | None = None,
     ) -> None:
-        self._unet = pipe.unet
-        self._device: torch.device = pipe.unet.device
-        # Not the UNet's own `dtype`, which may be that of a factor.
-        self._dtype: torch.dtype = pipe.unet.conv_in.weight.dtype
-        self._generator = generator
-        self._order = _endless_shuffle(len(images), generator)
-        self._batch_size = config.batch_size
-        self._objective = DenoisingObjective(pipe.scheduler, config.snr_gamma, self._device)
-        self._posteriors = LatentPosteriors(pipe.vae, [image.image for image in images], flip=config.horizontal_flip)
-        self._conditioning = TextConditioning(pipe, images, trainable=config.text_encoders, dtype=self._dtype)
+        self._family, self._images, self._config, self._accelerator = family, images, config, accelerator
+        device = accelerator.device
+        self._objective = objective_of(pipe.scheduler, config.snr_gamma, device)
+        kinds = [image.image.size for image in images]
+        self._order = Order(kinds, config.train_batch_size * accelerator.num_processes, config.seed, name)
+        self._latents = LatentPosteriors(
+            pipe.vae,
+            [image.image for image in images],
+            flip=config.random_flip,
+            device=device,
+            keep=config.cache,
+            folder=folder,
+        )
+        self._texts = Texts(
+            family,
+            (image.prompt for image in images),
+            text_encoders(pipe),
+            trained=config.train_text_encoder,
+            device=device,
+            keep=config.cache,
+            folder=folder,
+        )
 
-    def loss(self, accelerator: Accelerator) -> Tensor:
-        """Loss of one freshly drawn batch, a float32 scalar with gradients."""
-        indices = [next(self._order) for _ in range(self._batch_size)]
-        latents = self._posteriors.sample(indices, self._generator)
-        noise = torch.randn(latents.shape, generator=self._generator).to(self._device)
-        levels = self._objective.timesteps
-        timesteps = torch.randint(levels, (len(indices),), generator=self._generator).to(self._device)
-        noisy = self._objective.add_noise(latents, noise, timesteps).to(self._dtype)
-        with accelerator.autocast():
-            conditions = self._conditioning(indices)
-            prediction = self._unet(noisy, timesteps, return_dict=False, **conditions)[0]
-        return self._objective.loss(prediction, latents, noise, timesteps)
+    def loss(self, number: int) -> Tensor:
+        """Loss of a batch, a float32 scalar with gradients."""
+        draws = self._share(number)
+        latents, noise, levels = (part.to(self._accelerator.device) for part in self._drawn(draws))
+        images = [self._images[draw.index] for draw in draws]
+        noisy = self._objective.add_noise(latents, noise, levels).to(self._family.dtype)
+        sizes = torch.tensor([image.sizes for image in images], dtype=torch.float32, device=latents.device)
+        with self._accelerator.autocast():
+            text = self._texts([image.prompt for image in images])
+            prediction = self._family.predict(noisy, self._objective.timesteps(levels), text, sizes)
+        return self._objective.loss(prediction, latents, noise, levels).mean()
+
+    @property
+    def marks(self) -> str:
+        """What tells this set from another: a hash of its images and prompts."""
+        found = hashlib.sha256()
+        for image in self._images:
+            found.update(image.image.tobytes())
+            found.update(repr((image.image.size, image.prompt, image.sizes)).encode())
+        return found.hexdigest()
+
+    def sources(self, number: int) -> list[str]:
+        """The files that a batch's images come from."""
+        return [self._images[draw.index].source for draw in self._share(number)]
+
+    def _share(self, number: int) -> list[Draw]:
+        size, rank = self._config.train_batch_size, self._accelerator.process_index
+        return self._order.batch(number)[rank * size : (rank + 1) * size]
+
+    def _drawn(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, noise and noise levels, each the same whatever batch or process its image is in."""
+        latents, noises, levels = [], [], []
+        for draw in draws:
+            generator = generator_for(self._config.seed, *draw.place)
+            latents.append(self._latents.sample(draw.index, generator))
+            noise = torch.randn(latents[-1].shape, generator=generator)
+            if self._config.noise_offset:
+                noise += self._config.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
+            noises.append(noise)
+            levels.append(self._objective.draw_level(generator))
+        return torch.stack(latents), torch.stack(noises), torch.tensor(levels)
 
 
-def _endless_shuffle(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Every index once in random order, then again, so that all images are used equally often."""
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+def text_encoders(pipe: Any) -> list[nn.Module]:
+    """The text encoders that a pipeline has."""
+    names = [name for name in pipe.components if name.startswith("text_encoder")]
+    return [module for name in names if isinstance(module := getattr(pipe, name, None), nn.Module)]

@@ -1,15 +1,18 @@
-"""TrainingConfig: what the user chooses about a DreamBooth run, checked where it is made."""
+"""TrainingConfig: what the user chooses about a run, checked where it is made. Names are Diffusers' scripts'."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .checks import check_choice, check_flag, check_number, check_whole
+from .encoded import Keep
 from .errors import TrainingConfigError
 
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+OnNonFinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -17,84 +20,113 @@ class TrainingConfig:
     """How to train. The defaults are the paper's: about 1000 steps at 5e-4 (Sections 4.1, D.3, D.4).
 
     Args:
-        steps: optimizer steps. Simple subjects are learnt by 500, intricate ones by 1000 (Appendix D.4).
-        learning_rate: of AdamW. From 1e-4 to 1e-3 works; above, prompts are ignored (Appendix D.3).
-        batch_size: images per forward pass; may exceed the number of images, which are then drawn repeatedly.
-        gradient_accumulation_steps: batches whose gradients are averaged into one optimizer step.
-        resolution: side of the square training images in pixels; None takes the pipeline's own.
-        seed: of everything random in a run. On a CPU, equal seeds give equal factors, bit for bit.
-        lr_schedule: how the learning rate runs over the steps; the name of a Diffusers schedule.
-        lr_warmup_steps: steps over which the learning rate rises from zero, in the schedules that have that.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients longer than this are scaled down to it; None leaves them alone.
-        snr_gamma: weights the loss by Min-SNR with this γ (usually 5); None weights all noise levels alike.
+        max_train_steps: Optimizer steps. Simple subjects are learnt by 500, intricate ones by 1000 (Appendix D.4).
+        learning_rate: Learning rate. From 1e-4 to 1e-3 works; above, prompts are ignored (Appendix D.3). Prodigy
+            wants 1.
+        text_encoder_lr: Learning rate of the text encoders' adapters; by default the same.
+        train_text_encoder: Adapt the text encoders' attention, too, as the paper does for Stable Diffusion 1.x. They
+            are then run in every step.
+        train_batch_size: Images per pass and process; may exceed the number of images, which are then drawn repeatedly.
+        gradient_accumulation_steps: Passes whose gradients are averaged into one optimizer step.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         mixed_precision: "no", "fp16" (GPU only) or "bf16": the type that matrix products are computed in. The
             factors, their gradients and the loss are always float32.
-        horizontal_flip: show each image mirrored half of the time. Not for subjects with lettering.
-        text_encoders: adapt the text encoders' attention, too. They are then run in every step.
+        cache: Where encoded images and prompts stay: "memory", "disk", or "none" to encode them in every step.
+        random_flip: Show each image mirrored half of the time. Not for subjects with lettering.
+        seed: Of everything random in a run. On a CPU, equal seeds give equal factors, bit for bit.
+        optimizer: "adamw", "adamw8bit" (needs bitsandbytes) or "prodigy" (needs prodigyopt).
+        adam_beta1: Of the optimizer's first moment.
+        adam_beta2: Of its second moment.
+        adam_weight_decay: Of the optimizer.
+        adam_epsilon: Of the optimizer.
+        max_grad_norm: Gradients longer than this are scaled down to it; 0 leaves them alone.
+        lr_scheduler: How the learning rate runs over the steps; the name of a Diffusers schedule.
+        lr_warmup_steps: Steps over which the learning rate rises from zero, in the schedules that have that.
+        lr_num_cycles: Restarts of "cosine_with_restarts".
+        lr_power: Of "polynomial".
+        snr_gamma: Weights the loss by Min-SNR with this γ, usually 5; by default all noise levels count alike.
+        noise_offset: Standard deviation of noise that is the same all over a channel; 0.05 to 0.1 lets a diffusion
+            learn very bright and very dark pictures.
+        ema_decay: Keep an exponential moving average of the factors with this decay, such as 0.99, and save that.
+        prior_loss_weight: Of the class images' loss beside the subject's (prior preservation).
+        on_non_finite: What to do where a loss or a gradient is no finite number: "stop", or "skip" the step.
+        checkpointing_steps: Save the state of the run every so many steps.
+        checkpoints_total_limit: How many of these to keep, the newest.
 
     Raises:
         TrainingConfigError: a value that no run could use.
     """
 
-    steps: int = 1000
+    max_train_steps: int = 1000
     learning_rate: float = 5e-4
-    batch_size: int = 1
+    text_encoder_lr: float | None = None
+    train_text_encoder: bool = False
+    train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
-    resolution: int | None = None
-    seed: int = 0
-    lr_schedule: Schedule = "constant"
-    lr_warmup_steps: int = 0
-    weight_decay: float = 1e-2
-    max_grad_norm: float | None = 1.0
-    snr_gamma: float | None = None
+    gradient_checkpointing: bool = False
     mixed_precision: Precision = "no"
-    horizontal_flip: bool = False
-    text_encoders: bool = False
+    cache: Keep = "memory"
+    random_flip: bool = False
+    seed: int = 0
+    optimizer: Optimizer = "adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler: Schedule = "constant"
+    lr_warmup_steps: int = 0
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    ema_decay: float | None = None
+    prior_loss_weight: float = 1.0
+    on_non_finite: OnNonFinite = "stop"
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
 
     def __post_init__(self) -> None:
-        _check_whole("steps", self.steps, 1)
-        _check_whole("batch_size", self.batch_size, 1)
-        _check_whole("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
-        _check_whole("seed", self.seed, 0)
-        _check_whole("lr_warmup_steps", self.lr_warmup_steps, 0)
-        if self.resolution is not None:
-            _check_whole("resolution", self.resolution, 1)
-        _check_above_zero("learning_rate", self.learning_rate)
-        if self.weight_decay != 0:
-            _check_above_zero("weight_decay", self.weight_decay)
-        if self.max_grad_norm is not None:
-            _check_above_zero("max_grad_norm", self.max_grad_norm)
-        if self.snr_gamma is not None:
-            _check_above_zero("snr_gamma", self.snr_gamma)
-        _check_choice("mixed_precision", self.mixed_precision, get_args(Precision))
-        _check_choice("lr_schedule", self.lr_schedule, get_args(Schedule))
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("checkpointing_steps", "checkpoints_total_limit"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("seed", "lr_warmup_steps"):
+            check_whole(name, getattr(self, name), 0)
+        for name in ("learning_rate", "adam_epsilon", "lr_power"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("adam_weight_decay", "max_grad_norm", "noise_offset", "prior_loss_weight"):
+            check_number(name, getattr(self, name), least=0)
+        for name in ("text_encoder_lr", "snr_gamma"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least=0, below=1)
+        for name in ("train_text_encoder", "gradient_checkpointing", "random_flip"):
+            check_flag(name, getattr(self, name))
+        for name, choices in (
+            ("mixed_precision", Precision),
+            ("lr_scheduler", Schedule),
+            ("optimizer", Optimizer),
+            ("cache", Keep),
+            ("on_non_finite", OnNonFinite),
+        ):
+            check_choice(name, getattr(self, name), get_args(choices))
         self._check_warmup()
+        if self.text_encoder_lr is not None and not self.train_text_encoder:
+            raise TrainingConfigError(
+                "text_encoder_lr is given, but the text encoders are not trained: train_text_encoder."
+            )
 
     def _check_warmup(self) -> None:
-        if self.lr_warmup_steps and self.lr_schedule == "constant":
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise TrainingConfigError(
-                f"lr_schedule 'constant' has no warm-up, but lr_warmup_steps is {self.lr_warmup_steps}. "
+                f"lr_scheduler 'constant' has no warm-up, but lr_warmup_steps is {self.lr_warmup_steps}. "
                 "Use 'constant_with_warmup', or leave lr_warmup_steps out."
             )
-        if self.lr_warmup_steps >= self.steps > 1:
+        if self.lr_warmup_steps >= self.max_train_steps > 1:
             raise TrainingConfigError(
-                f"lr_warmup_steps ({self.lr_warmup_steps}) must be below steps ({self.steps}), "
+                f"lr_warmup_steps ({self.lr_warmup_steps}) must be below max_train_steps ({self.max_train_steps}), "
                 "or the learning rate never reaches its value."
             )
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise TrainingConfigError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-
-
-def _check_above_zero(name: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
-        raise TrainingConfigError(f"{name} must be a finite number above 0, not {value!r}.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise TrainingConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")

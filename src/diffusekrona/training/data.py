@@ -1,37 +1,95 @@
-"""Training images: found in a folder, turned upright, made RGB, cropped and resized, each with its prompt."""
+"""Training images: found, turned upright, made RGB, cropped and resized, each with its prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch
+from PIL import Image, ImageOps
 
+from .buckets import Size, nearest, sizes_around
+from .checks import check_choice, check_flag, check_whole
+from .draws import generator_for
 from .errors import DatasetError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+OnBadImage = Literal["stop", "skip"]
+
+_NO_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises where it cannot read an image."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingImage:
     """One image, ready for the autoencoder, and what the text side has to know about it.
 
-    Args:
-        image: RGB, resolution × resolution pixels.
+    Attributes:
+        image: RGB.
         prompt: what the image shows.
         original_size: (height, width) in pixels before any cropping or resizing, which SDXL conditions on.
         crop_top_left: (top, left) of the crop in pixels of the resized image, which SDXL conditions on.
+        source: the file it comes from, for messages.
     """
 
     image: Image.Image
     prompt: str
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
+    source: str = "an image"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What SDXL conditions on: original height and width, crop top and left, target height and width."""
+        return (*self.original_size, *self.crop_top_left, self.image.height, self.image.width)
 
 
-def load_folder(folder: str | Path, prompt: str, resolution: int) -> list[TrainingImage]:
-    """Load every PNG, JPEG and WebP image of a folder (not of its subfolders), in the order of their names.
+@dataclass(frozen=True)
+class ImagePlan:
+    """What becomes of each image.
+
+    Attributes:
+        resolution: side of the square results in pixels; with buckets, the root of their area.
+        center_crop: cut out the middle; otherwise a random part, another one for each repeat.
+        repeats: how often each image is there.
+        aspect_ratio_buckets: cut each image to the nearest of several sizes of the same area, in place of squares.
+        multiple: sides are multiples of this.
+        seed: of the random parts.
+        on_bad_image: "stop" at an image that cannot be read, or "skip" it with a warning.
+
+    Raises:
+        TrainingConfigError: a value that no image could be made by.
+    """
+
+    resolution: int
+    center_crop: bool = True
+    repeats: int = 1
+    aspect_ratio_buckets: bool = False
+    multiple: int = 8
+    seed: int = 0
+    on_bad_image: OnBadImage = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "repeats", "multiple"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("center_crop", "aspect_ratio_buckets"):
+            check_flag(name, getattr(self, name))
+        check_choice("on_bad_image", self.on_bad_image, get_args(OnBadImage))
+
+    @property
+    def sizes(self) -> list[Size]:
+        """What sizes the results may have."""
+        return sizes_around(self.resolution, self.multiple) if self.aspect_ratio_buckets else [(self.resolution,) * 2]
+
+
+def load_folder(folder: str | Path, prompt: str | None, plan: ImagePlan) -> list[TrainingImage]:
+    """Load every image of a folder (not of its subfolders), in the order of their names.
 
     A text file beside an image, `dog.txt` beside `dog.png`, holds the prompt of that image; the others get
     `prompt`.
@@ -39,10 +97,10 @@ def load_folder(folder: str | Path, prompt: str, resolution: int) -> list[Traini
     Args:
         folder: where the images are.
         prompt: the prompt of every image that has none of its own, such as "a sks dog".
-        resolution: side of the square results in pixels.
+        plan: what becomes of each.
 
     Raises:
-        DatasetError: no such folder, no image in it, an image that cannot be read, or an empty caption.
+        DatasetError: no such folder, no image in it, an image that cannot be read, or an empty or missing prompt.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -50,34 +108,56 @@ def load_folder(folder: str | Path, prompt: str, resolution: int) -> list[Traini
     paths = sorted(path for path in folder.iterdir() if _is_image(path))
     if not paths:
         raise DatasetError(f"No images in {folder}: it needs at least one {', '.join(IMAGE_SUFFIXES)} file.")
-    return [prepare_image(_read(path), _caption(path) or prompt, resolution) for path in paths]
+    return _prepared([(str(path), partial(_read_with_caption, path, prompt)) for path in paths], plan)
 
 
-def prepare_image(image: Image.Image, prompt: str, resolution: int) -> TrainingImage:
-    """Turn an image upright, lay it on white where it is transparent, crop its middle square, and resize it.
+def load_dataset(
+    folder: str | Path, prompt: str | None, plan: ImagePlan, image_column: str = "image", caption_column: str = "text"
+) -> list[TrainingImage]:
+    """Load a Hugging Face dataset that `save_to_disk` wrote.
 
     Args:
-        image: of any mode and size; left unchanged.
-        prompt: what it shows.
-        resolution: side of the square result in pixels.
+        folder: of the dataset; of one with splits, "train" is taken.
+        prompt: of every image, if the dataset has no captions.
+        plan: what becomes of each.
+        image_column: the column of images.
+        caption_column: the column of their prompts.
 
     Raises:
-        DatasetError: the prompt is blank.
+        DatasetError: no such dataset or column, an image that cannot be read, or an empty prompt.
     """
-    if not prompt.strip():
-        raise DatasetError('The prompt is empty. Name the subject by a rare word and its class, such as "a sks dog".')
-    image = _rgb(ImageOps.exif_transpose(image))
-    width, height = image.size
-    scale = resolution / min(width, height)
-    return TrainingImage(
-        image=ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS),
-        prompt=prompt.strip(),
-        original_size=(height, width),
-        crop_top_left=(round((height * scale - resolution) / 2), round((width * scale - resolution) / 2)),
-    )
+    try:
+        import datasets
+    except ImportError as error:
+        raise DatasetError("Reading a dataset needs the package datasets: pip install datasets.") from error
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{folder} is no dataset that save_to_disk wrote: {error}") from error
+    if isinstance(found, dict) and "train" not in found:
+        raise DatasetError(f"{folder} has no split 'train'; there are: {', '.join(found)}.")
+    rows = found["train"] if isinstance(found, dict) else found
+    for column in [image_column, *([caption_column] if prompt is None else [])]:
+        if column not in rows.column_names:
+            raise DatasetError(f"{folder} has no column {column!r}; there are: {', '.join(rows.column_names)}.")
+
+    def read(number: int) -> tuple[Image.Image, str]:
+        source = f"{folder}, row {number}"
+        try:
+            row = rows[number]
+        except _NO_IMAGE as error:
+            raise _Unreadable(_damaged(source, error)) from error
+        image, caption = row[image_column], prompt if prompt is not None else row[caption_column]
+        if not isinstance(image, Image.Image):
+            raise _Unreadable(_damaged(source, f"column {image_column!r} holds no image"))
+        if not isinstance(caption, str):
+            raise DatasetError(f"{source} has no prompt in column {caption_column!r}: write one, or give one for all.")
+        return image, caption
+
+    return _prepared([(f"{folder}, row {number}", partial(read, number)) for number in range(len(rows))], plan)
 
 
-def prepare_images(images: Sequence[Image.Image], prompts: str | Sequence[str], resolution: int) -> list[TrainingImage]:
+def prepare_images(images: Sequence[Image.Image], prompts: str | Sequence[str], plan: ImagePlan) -> list[TrainingImage]:
     """Prepare images that are in memory; `prompts` is one for all of them or one for each.
 
     Raises:
@@ -88,7 +168,56 @@ def prepare_images(images: Sequence[Image.Image], prompts: str | Sequence[str], 
     each = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     if len(each) != len(images):
         raise DatasetError(f"There are {len(images)} images but {len(each)} prompts; give one prompt, or one for each.")
-    return [prepare_image(image, prompt, resolution) for image, prompt in zip(images, each, strict=True)]
+    pairs = list(zip(images, each, strict=True))
+    return _prepared(
+        [(f"image {number}", partial(pairs.__getitem__, number - 1)) for number in range(1, len(pairs) + 1)], plan
+    )
+
+
+def _prepared(
+    readers: Iterable[tuple[str, Callable[[], tuple[Image.Image, str]]]], plan: ImagePlan
+) -> list[TrainingImage]:
+    """Read and prepare images, each as often as the plan says; bad ones stop it, or are left out."""
+    found: list[TrainingImage] = []
+    bad = 0
+    for source, read in readers:
+        try:
+            image, prompt = read()
+            found += [_prepare(image, prompt, source, plan, repeat) for repeat in range(plan.repeats)]
+        except _Unreadable as error:
+            if plan.on_bad_image == "stop":
+                raise
+            bad += 1
+            _log.warning("%s It is left out.", error)
+    if not found:
+        raise DatasetError(f"None of the {bad} images can be read.")
+    return found
+
+
+class _Unreadable(DatasetError):
+    """One image is damaged; others may do."""
+
+
+def _prepare(image: Image.Image, prompt: str, source: str, plan: ImagePlan, repeat: int) -> TrainingImage:
+    """Turn an image upright, lay it on white where it is transparent, resize it and cut a part of it."""
+    if not prompt.strip():
+        raise DatasetError('The prompt is empty. Name the subject by a rare word and its class, such as "a sks dog".')
+    try:
+        image = _rgb(ImageOps.exif_transpose(image))
+    except _NO_IMAGE as error:
+        raise _Unreadable(_damaged(source, error)) from error
+    width, height = nearest(image.size, plan.sizes)
+    scale = max(width / image.width, height / image.height)
+    down, right = 0.5, 0.5
+    if not plan.center_crop:
+        down, right = torch.rand(2, generator=generator_for(plan.seed, "crop", source, repeat)).tolist()
+    return TrainingImage(
+        image=ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=(right, down)),
+        prompt=prompt.strip(),
+        original_size=(image.height, image.width),
+        crop_top_left=(round((image.height * scale - height) * down), round((image.width * scale - width) * right)),
+        source=source,
+    )
 
 
 def _is_image(path: Path) -> bool:
@@ -96,15 +225,24 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
+def _read_with_caption(path: Path, prompt: str | None) -> tuple[Image.Image, str]:
+    caption = _caption(path) or prompt
+    if caption is None:
+        raise DatasetError(f"{path} has no prompt: give one for all images, or write {path.with_suffix('.txt').name}.")
+    return _read(path), caption
+
+
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DatasetError(
-            f"The image {path} cannot be read ({error}). Save it again as PNG or JPEG, or take it out of the folder."
-        ) from error
+    except _NO_IMAGE as error:
+        raise _Unreadable(_damaged(str(path), error)) from error
+
+
+def _damaged(source: str, error: Exception | str) -> str:
+    return f"The image {source} cannot be read ({error}). Save it again as PNG or JPEG, or take it out."
 
 
 def _caption(image_path: Path) -> str | None:

@@ -11,23 +11,27 @@ from PIL import Image
 
 from ..config import KronAConfig
 from ..pipeline import inject_krona, unload_krona
-from .conditioning import check_pipeline
 from .config import TrainingConfig
-from .data import TrainingImage, load_folder, prepare_images
+from .data import ImagePlan, TrainingImage, load_folder, prepare_images
 from .errors import TrainingConfigError
+from .families import family_of
 from .loop import TrainingResult, TrainingStep, fit
 from .runtime import seeded
 
 
 def train_dreambooth(
     pipe: Any,
-    images: str | Path | Sequence[Image.Image],
+    images: str | Path | Sequence[Image.Image] | Sequence[TrainingImage],
     prompt: str,
     config: TrainingConfig | None = None,
     krona_config: KronAConfig | None = None,
     *,
+    plan: ImagePlan | None = None,
+    class_images: Sequence[TrainingImage] = (),
     adapter_name: str = "default",
     on_step: Callable[[TrainingStep], None] | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
 ) -> TrainingResult:
     """Teach a pipeline one subject (Section 4.1), as an adapter that `save_krona` then saves.
 
@@ -35,31 +39,45 @@ def train_dreambooth(
     again. After Ctrl-C it stays, as far as it was trained, and the pipeline works with it.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline. It is moved to the training device and its weights
-            are frozen.
-        images: a folder (see `load_folder` for captions), or images; the paper uses 3 to 5.
+        pipe: a pipeline of a family that `families` has. It is moved to the training device and its weights are frozen.
+        images: a folder (see `load_folder` for captions), or images, prepared or not; the paper uses 3 to 5.
         prompt: the subject's name, a rare word and a class like "a sks toy"; for images without a caption.
         config: how to train; the paper's defaults if left out.
         krona_config: the adapter; (4, 64) on the attention projections if left out.
+        plan: what becomes of images that are not prepared; their middle squares, of the pipeline's own size, if left
+            out.
+        class_images: of other subjects of the class, which the model shall draw as before.
         adapter_name: name of the new adapter in the pipeline.
         on_step: called after every optimizer step, for progress.
+        folder: for checkpoints and what is cached on disk.
+        resume: go on from the newest checkpoint in the folder, if there is one.
 
     Raises:
         DatasetError: the images or captions are missing or unreadable.
         UnsupportedPipelineError: the pipeline is of another kind.
         TrainingConfigError: the configuration does not suit the pipeline or the machine.
-        TrainingDivergedError: the loss or a factor is not finite.
+        TrainingDivergedError: a loss, a gradient or a factor is not finite.
+        CheckpointError: one cannot be written, or belongs to another run.
         KronAError: the adapter cannot be injected.
     """
     config = config or TrainingConfig()
-    check_pipeline(pipe)
-    examples = _examples(images, prompt, training_resolution(pipe, config.resolution))
+    family_of(pipe)
+    examples = _examples(images, prompt, plan or ImagePlan(training_resolution(pipe, None)))
     with seeded(config.seed, torch.device("cpu")):
         krona = inject_krona(
-            pipe, krona_config or KronAConfig(), adapter_name=adapter_name, text_encoders=config.text_encoders
+            pipe, krona_config or KronAConfig(), adapter_name=adapter_name, text_encoders=config.train_text_encoder
         )
     try:
-        return fit(pipe, examples, krona.parameters(), config, on_step)
+        return fit(
+            pipe,
+            examples,
+            dict(krona.named_parameters()),
+            config,
+            on_step,
+            class_images=class_images,
+            folder=folder,
+            resume=resume,
+        )
     except KeyboardInterrupt:
         raise
     except BaseException:
@@ -68,25 +86,37 @@ def train_dreambooth(
 
 
 def training_resolution(pipe: Any, resolution: int | None) -> int:
-    """Side of the training images in pixels: the one asked for, or else the one the UNet was trained at.
+    """Side of the training images in pixels: the one asked for, or else the one the denoiser was trained at.
 
     Raises:
-        TrainingConfigError: it is not divisible by the autoencoder's reduction.
+        TrainingConfigError: it is not divisible by the autoencoder's reduction, or by that of the denoiser's patches.
     """
-    reduction: int = pipe.vae_scale_factor
+    reduction = image_reduction(pipe)
     if resolution is None:
-        size = pipe.unet.config.sample_size
-        return int(size if isinstance(size, int) else min(size)) * reduction
+        denoiser: Any = family_of(pipe).denoiser
+        size = denoiser.config.sample_size
+        return int(size if isinstance(size, int) else min(size)) * int(pipe.vae_scale_factor)
     if resolution % reduction:
         below = resolution // reduction * reduction
         near = " or ".join(str(side) for side in (below, below + reduction) if side)
         raise TrainingConfigError(
-            f"resolution {resolution} is not divisible by {reduction}, the autoencoder's reduction; use {near}."
+            f"resolution {resolution} is not divisible by {reduction}, by which the model reduces images; use {near}."
         )
     return resolution
 
 
-def _examples(images: str | Path | Sequence[Image.Image], prompt: str, resolution: int) -> list[TrainingImage]:
+def image_reduction(pipe: Any) -> int:
+    """How many pixels of a side become one element of what the denoiser computes on, which sides are multiples of."""
+    denoiser: Any = family_of(pipe).denoiser
+    return int(pipe.vae_scale_factor * getattr(denoiser.config, "patch_size", 1))
+
+
+def _examples(
+    images: str | Path | Sequence[Image.Image] | Sequence[TrainingImage], prompt: str, plan: ImagePlan
+) -> list[TrainingImage]:
     if isinstance(images, (str, Path)):
-        return load_folder(images, prompt, resolution)
-    return prepare_images(images, prompt, resolution)
+        return load_folder(images, prompt, plan)
+    prepared = [image for image in images if isinstance(image, TrainingImage)]
+    if len(prepared) == len(images) > 0:
+        return prepared
+    return prepare_images([image for image in images if isinstance(image, Image.Image)], prompt, plan)

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from torch import nn
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 
-from .batches import Batches
-from .conditioning import check_pipeline
+from .batches import Batches, text_encoders
+from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .data import TrainingImage
-from .errors import TrainingConfigError, TrainingDivergedError
-from .runtime import accelerator_for, modes_kept, seeded
+from .draws import seed_for
+from .errors import CheckpointError, TrainingConfigError, TrainingDivergedError, TrainingInterrupted
+from .families import family_of
+from .optimizers import optimizer_of, optimizer_state, restore_optimizer
+from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept
+
+MAY_DIFFER = (
+    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "cache", "gradient_checkpointing",
+    "on_non_finite",
+)  # fmt: skip
+"""Settings that a run may change when it goes on from a checkpoint."""
+
+MOST_SKIPPED = 100
+"""Steps in a row that are skipped before a run that skips them stops after all."""
 
 
 @dataclass(frozen=True)
 class TrainingStep:
     """What is known after each optimizer step.
 
-    Args:
+    Attributes:
         step: how many are done, from 1.
         steps: how many there will be.
-        loss: of this step, averaged over its batches.
+        loss: of this step, averaged over its batches; NaN where the step was skipped.
         average: mean loss of the last 50 steps, or of all so far; steadier, because noise levels are random.
         learning_rate: that this step used.
-        seconds: since the first step began.
+        seconds: since this run, or the part of it after it was resumed, began its first step.
+        images_per_second: in that time, of all processes together.
     """
 
     step: int
@@ -40,23 +58,26 @@ class TrainingStep:
     average: float
     learning_rate: float
     seconds: float
+    images_per_second: float
 
 
 @dataclass(frozen=True)
 class TrainingResult:
     """What a finished run was.
 
-    Args:
-        losses: one per optimizer step.
+    Attributes:
+        losses: one per optimizer step; NaN where it was skipped.
         seconds: that the steps took, without loading and encoding.
         images: how many images it was trained on.
         parameters: how many numbers were trained.
+        resumed_at: the step that it went on from; 0 where it started anew.
     """
 
     losses: tuple[float, ...]
     seconds: float
     images: int
     parameters: int
+    resumed_at: int = 0
 
     @property
     def steps(self) -> int:
@@ -70,122 +91,325 @@ class TrainingResult:
 
 
 def _recent_mean(losses: Sequence[float], window: int = 50) -> float:
-    recent = losses[-window:]
-    return sum(recent) / len(recent)
+    recent = [loss for loss in losses[-window:] if math.isfinite(loss)]
+    return sum(recent) / len(recent) if recent else math.nan
 
 
 def fit(
     pipe: Any,
     images: Sequence[TrainingImage],
-    parameters: Iterable[nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     config: TrainingConfig,
     on_step: Callable[[TrainingStep], None] | None = None,
+    *,
+    class_images: Sequence[TrainingImage] = (),
+    folder: Path | None = None,
+    resume: bool = False,
 ) -> TrainingResult:
-    """Train parameters of a pipeline's UNet, and of its text encoders if `config.text_encoders`, with AdamW.
+    """Train parameters of a pipeline's denoiser, and of its text encoders if `config.train_text_encoder`.
 
     The pipeline is moved to accelerate's device. Its scheduler, its frozen weights and each module's train or
-    eval mode are as before when this returns or raises.
+    eval mode are as before when this returns or raises. With `ema_decay`, the parameters end as their averages.
+
+    Started by accelerate in several processes, each computes its share of every batch, and gradients are averaged;
+    factors are those of one process with the same batch in all, but for rounding.
 
     Args:
-        pipe: a Stable Diffusion or SDXL pipeline in which nothing but `parameters` requires gradients.
+        pipe: a pipeline of a family that `families` has, in which nothing but `parameters` requires gradients.
         images: what to learn; see `load_folder` and `prepare_images`.
-        parameters: what to optimize, float32.
+        parameters: what to optimize, float32, by name; those of a text encoder start with `text_encoder`.
         config: how.
-        on_step: called after every optimizer step; what it raises ends the run.
+        on_step: called after every optimizer step, in every process; what it raises ends the run.
+        class_images: of other subjects of the class, which the model shall draw as before (prior preservation).
+        folder: for checkpoints and what is cached on disk; without it, there are no checkpoints.
+        resume: go on from the newest checkpoint in the folder, if there is one.
 
     Raises:
         UnsupportedPipelineError: the pipeline is of another kind.
         TrainingConfigError: the configuration does not suit the pipeline or the machine.
-        TrainingDivergedError: the loss or a parameter is not finite.
+        TrainingDivergedError: a loss, a gradient or a parameter is not finite.
+        CheckpointError: one cannot be written, or belongs to another run.
+        TrainingInterrupted: the user stopped it; it can be resumed if it has a folder.
     """
-    check_pipeline(pipe)
-    trained = list(parameters)
-    if not trained:
+    family = family_of(pipe)
+    if not parameters:
         raise TrainingConfigError("There is nothing to train: no parameters were given.")
+    if config.cache == "disk" and folder is None:
+        raise TrainingConfigError("cache 'disk' needs a folder for its files.")
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    with (
-        accelerator_for(config.mixed_precision) as accelerator,
-        seeded(config.seed, accelerator.device) as generator,
-        modes_kept(modules),
-    ):
-        pipe.to(accelerator.device)
-        _set_modes(pipe, modules, config.text_encoders)
-        source = Batches(pipe, images, config, generator)
-        losses, seconds = _run(source, trained, accelerator, config, on_step)
-    _check_finite(trained, config)
-    return TrainingResult(tuple(losses), seconds, len(images), sum(p.numel() for p in trained))
-
-
-def _set_modes(pipe: Any, modules: Iterable[nn.Module], text_encoders: bool) -> None:
-    for module in modules:
-        module.eval()
-    pipe.unet.train()
-    if text_encoders:
-        for name in ("text_encoder", "text_encoder_2"):
-            encoder = getattr(pipe, name, None)
-            if encoder is not None:
-                encoder.train()
-
-
-def _run(
-    source: Batches,
-    parameters: list[nn.Parameter],
-    accelerator: Accelerator,
-    config: TrainingConfig,
-    on_step: Callable[[TrainingStep], None] | None,
-) -> tuple[list[float], float]:
-    """All optimizer steps; returns their losses and the seconds they took."""
-    optimizer = _optimizer(parameters, config)
-    schedule = get_scheduler(
-        config.lr_schedule,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.steps,
+    trained = [family.denoiser, *(text_encoders(pipe) if config.train_text_encoder else [])]
+    with ExitStack() as borrowed:
+        accelerator = borrowed.enter_context(accelerator_for(config.mixed_precision))
+        borrowed.enter_context(random_state_kept(accelerator.device))
+        borrowed.enter_context(modes_kept(modules))
+        borrowed.callback(pipe.to, accelerator.device)
+        for module in modules:
+            module.train(module in trained)
+        family.denoiser.to(accelerator.device)
+        sets = [("subject", images, 1.0)]
+        if class_images:
+            sets.append(("class", class_images, config.prior_loss_weight))
+        sources = [
+            (Batches(name, pipe, family, some, config, accelerator, folder and folder / "cache"), weight)
+            for name, some, weight in sets
+        ]
+        if config.gradient_checkpointing:
+            borrowed.enter_context(checkpointed(trained))
+        run = _Run(sources, parameters, accelerator, config, folder)
+        if resume:
+            run.resume()
+        run.finish(on_step)
+    return TrainingResult(
+        tuple(run.losses), run.seconds, len(images), sum(p.numel() for p in parameters.values()), run.started_at
     )
-    optimizer = accelerator.prepare(optimizer)
-    losses: list[float] = []
-    began = time.monotonic()
-    for step in range(1, config.steps + 1):
-        rate = float(schedule.get_last_lr()[0])
-        loss = _gradients(source, accelerator, config.gradient_accumulation_steps)
-        if not math.isfinite(loss):
-            raise _diverged(f"The loss became {loss} at step {step} of {config.steps}", config)
-        if config.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        if on_step is not None:
-            on_step(TrainingStep(step, config.steps, loss, _recent_mean(losses), rate, time.monotonic() - began))
-    return losses, time.monotonic() - began
 
 
-def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    # An adapter is hundreds of small tensors, and one fused call is quicker than a dozen for each of them.
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+class _Run:
+    """A run between two steps: what it has become so far, and how it goes on."""
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Batches, float]],
+        parameters: Mapping[str, nn.Parameter],
+        accelerator: Accelerator,
+        config: TrainingConfig,
+        folder: Path | None,
+    ) -> None:
+        self._sources, self._parameters, self._accelerator, self._config = sources, parameters, accelerator, config
+        self._checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit) if folder else None
+        optimizer = optimizer_of(parameters, config)
+        self._schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        self._plain_optimizer = optimizer
+        self._optimizer: Any = accelerator.prepare(optimizer)
+        self._ema = None if config.ema_decay is None else EMAModel(parameters.values(), decay=config.ema_decay)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self.started_at = 0
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = self._checkpoints.newest() if self._checkpoints is not None else None
+        if found is not None:
+            self._restore(found)
+
+    def finish(self, on_step: Callable[[TrainingStep], None] | None) -> None:
+        """All the steps that are left."""
+        began = time.monotonic()
+        images = len(self._sources) * self._config.train_batch_size * self._accelerator.num_processes
+        with _interruptions() as interrupted:
+            while len(self.losses) < self._config.max_train_steps:
+                rate = float(self._schedule.get_last_lr()[0])
+                stop = self._step(interrupted())
+                self.seconds = time.monotonic() - began
+                if self._due() or stop:
+                    self._save()
+                if on_step is not None:
+                    on_step(self._report(rate, images))
+                if stop and len(self.losses) < self._config.max_train_steps:
+                    raise TrainingInterrupted(len(self.losses), self._newest_file())
+        self._check_finite()
+        if self._ema is not None:
+            self._ema.copy_to(self._parameters.values())
+
+    def _step(self, interrupted: bool) -> bool:
+        """One optimizer step; whether some process was asked to stop."""
+        step = len(self.losses)
+        loss, stop = self._gradients(step, interrupted)
+        norm = self._accelerator.clip_grad_norm_(
+            list(self._parameters.values()), self._config.max_grad_norm or math.inf
+        )
+        # fp16's scaler finds gradients that are not finite by itself, and lowers its scale.
+        finite = math.isfinite(loss) and (self._accelerator.scaler is not None or bool(torch.isfinite(norm)))
+        if not finite:
+            self._not_finite(step, loss)
+            # Without gradients, the optimizer's step changes nothing; the schedule and fp16's scaler wait for it.
+            self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss if finite else math.nan)
+        if self._ema is not None and finite:
+            self._ema.step(self._parameters.values())
+        return stop
+
+    def _gradients(self, step: int, interrupted: bool) -> tuple[float, bool]:
+        """Add up the gradients of the mean loss over a step's batches; that loss, and whether to stop."""
+        passes, total = self._config.gradient_accumulation_steps, 0.0
+        for number in self._numbers(step):
+            for source, weight in self._sources:
+                # Dropout draws from here, anew in each process.
+                purpose = ("dropout", number, self._accelerator.process_index)
+                torch.manual_seed(seed_for(self._config.seed, *purpose))
+                loss = source.loss(number) * (weight / passes)
+                self._accelerator.backward(loss)
+                total += float(loss.detach())
+        return self._averaged(total, interrupted)
+
+    def _numbers(self, step: int) -> range:
+        passes = self._config.gradient_accumulation_steps
+        return range(step * passes, (step + 1) * passes)
+
+    def _averaged(self, loss: float, interrupted: bool) -> tuple[float, bool]:
+        """Average gradients and loss over the processes."""
+        if self._accelerator.num_processes == 1:
+            return loss, interrupted
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        device = self._accelerator.device
+        flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([loss, float(interrupted)], device=device)])
+        flat = self._accelerator.reduce(flat, "mean")
+        for grad, mean in zip(grads, flat[:-2].split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+        return float(flat[-2]), bool(flat[-1] > 0)
+
+    def _report(self, rate: float, images: int) -> TrainingStep:
+        done = len(self.losses)
+        per_step = images * self._config.gradient_accumulation_steps
+        return TrainingStep(
+            done,
+            self._config.max_train_steps,
+            self.losses[-1],
+            _recent_mean(self.losses),
+            rate,
+            self.seconds,
+            (done - self.started_at) * per_step / self.seconds,
+        )
+
+    # Checkpoints
+
+    def _due(self) -> bool:
+        done = len(self.losses)
+        return done % self._config.checkpointing_steps == 0 or done == self._config.max_train_steps
+
+    def _save(self) -> None:
+        if self._checkpoints is not None:
+            if self._accelerator.is_main_process:
+                self._checkpoints.save(len(self.losses), *self._state())
+            self._accelerator.wait_for_everyone()
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        optimizer, values = optimizer_state(self._plain_optimizer)
+        tensors = {f"factor/{name}": parameter.detach() for name, parameter in self._parameters.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        state = {
+            "step": len(self.losses),
+            "config": asdict(self._config),
+            "images": [source.marks for source, _ in self._sources],
+            "processes": self._accelerator.num_processes,
+            "optimizer": values,
+            "schedule": self._schedule.state_dict(),
+        }
+        if self._ema is not None:
+            averages = zip(self._parameters, self._ema.shadow_params, strict=True)
+            tensors |= {f"ema/{name}": average for name, average in averages}
+            state["ema"] = self._ema.optimization_step
+        if self._accelerator.scaler is not None:
+            state["scaler"] = self._accelerator.scaler.state_dict()
+        return tensors, state
+
+    def _restore(self, found: Checkpoint) -> None:
+        self._check_same(found)
+        part = {
+            kind: {
+                name.removeprefix(f"{kind}/"): tensor
+                for name, tensor in found.tensors.items()
+                if name.startswith(f"{kind}/")
+            }
+            for kind in ("factor", "optimizer", "ema")
+        }
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(part["factor"][name])
+        restore_optimizer(self._plain_optimizer, part["optimizer"], found.values["optimizer"])
+        self._schedule.load_state_dict(found.values["schedule"])
+        if self._ema is not None:
+            device = self._accelerator.device
+            self._ema.shadow_params = [part["ema"][name].to(device) for name in self._parameters]
+            self._ema.optimization_step = found.values["ema"]
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(found.values["scaler"])
+        self.losses = found.tensors["losses"].tolist()
+        self.started_at = found.step
+
+    def _check_same(self, found: Checkpoint) -> None:
+        """Raise `CheckpointError` unless a checkpoint is of this very run."""
+        now, then = asdict(self._config), found.values["config"]
+        problems = [
+            f"{name} was {then.get(name)!r} and is {now[name]!r}"
+            for name in now
+            if name not in MAY_DIFFER and now[name] != then.get(name)
+        ]
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        saved = {
+            name.removeprefix("factor/"): tuple(tensor.shape)
+            for name, tensor in found.tensors.items()
+            if name.startswith("factor/")
+        }
+        if shapes != saved:
+            problems.append("other parameters are trained")
+        if found.values["images"] != [source.marks for source, _ in self._sources]:
+            problems.append("the images or their prompts are others")
+        if found.values["processes"] != self._accelerator.num_processes:
+            problems.append(f"there were {found.values['processes']} processes")
+        if found.step > self._config.max_train_steps:
+            problems.append(f"it has done {found.step} steps, more than max_train_steps")
+        if problems:
+            raise CheckpointError(
+                f"The checkpoint {found.path} is of another run: {'; '.join(problems)}. Resume with the settings that "
+                "it was begun with, or start anew in another folder."
+            )
+
+    def _newest_file(self) -> Path | None:
+        found = self._checkpoints.newest() if self._checkpoints is not None else None
+        return found.path if found is not None else None
+
+    # What must not be
+
+    def _not_finite(self, step: int, loss: float) -> None:
+        what = f"The loss became {loss}" if not math.isfinite(loss) else "A gradient is not a finite number"
+        each = (source.sources(number) for number in self._numbers(step) for source, _ in self._sources)
+        files = ", ".join(dict.fromkeys(name for names in each for name in names))
+        skipped = len(self.losses) - max((i + 1 for i, one in enumerate(self.losses) if math.isfinite(one)), default=0)
+        if self._config.on_non_finite == "stop" or skipped + 1 >= MOST_SKIPPED:
+            again = f" and in the {skipped} before" if skipped else ""
+            raise self._diverged(f"{what} at step {step + 1} of {self._config.max_train_steps}{again}, on {files}")
+
+    def _check_finite(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self._parameters.values()):
+            raise self._diverged("A trained weight is no longer a finite number")
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        wider = {"fp16": ' or mixed_precision "bf16"', "bf16": ' or mixed_precision "no"'}
+        newest = self._newest_file()
+        return TrainingDivergedError(
+            f"{what}. {f'The last good checkpoint is {newest}' if newest else 'Nothing was saved'}. "
+            f"Try a learning rate below {self._config.learning_rate:g}{wider.get(self._config.mixed_precision, '')}, "
+            'look for images that are blank or damaged, or let such steps be skipped: on_non_finite "skip".'
+        )
 
 
-def _gradients(source: Batches, accelerator: Accelerator, batches: int) -> float:
-    """Add up the gradients of the mean loss over some batches, and return that loss."""
-    total = 0.0
-    for _ in range(batches):
-        loss = source.loss(accelerator) / batches
-        accelerator.backward(loss)
-        total += loss.item()
-    return total
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C be asked for in place of a `KeyboardInterrupt`; a second one is that as ever."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
 
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
 
-def _check_finite(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> None:
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise _diverged("A trained weight is no longer a finite number", config)
-
-
-def _diverged(what: str, config: TrainingConfig) -> TrainingDivergedError:
-    wider = {"fp16": ' or mixed_precision "bf16"', "bf16": ' or mixed_precision "no"'}
-    other = wider.get(config.mixed_precision, "")
-    return TrainingDivergedError(
-        f"{what}. Nothing was saved. Try a learning rate below {config.learning_rate:g}{other}, "
-        "and look for images that are blank or damaged."
-    )
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

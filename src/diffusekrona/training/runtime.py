@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from torch import nn
 
 from .errors import TrainingConfigError
 
+_REPLICATED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_MLU,
+)
+"""Each process has the whole model."""
+
 
 @contextmanager
 def accelerator_for(mixed_precision: str) -> Iterator[Accelerator]:
-    """An `Accelerator` for one run in one process.
+    """An `Accelerator` for one run.
 
     Raises:
         TrainingConfigError: the device cannot compute in this precision, the process already has an
-            accelerator of another precision, or there is more than one process.
+            accelerator of another precision, or accelerate is set up to split the model over processes.
     """
     ours = not is_initialized()
     try:
@@ -32,9 +44,10 @@ def accelerator_for(mixed_precision: str) -> Iterator[Accelerator]:
             raise TrainingConfigError(
                 f"mixed_precision='fp16' needs a GPU, and this is {accelerator.device}; use 'bf16' or 'no'."
             )
-        if accelerator.num_processes > 1:
+        if accelerator.distributed_type not in _REPLICATED:
             raise TrainingConfigError(
-                f"Training runs in one process, not {accelerator.num_processes}; start it without a launcher."
+                f"accelerate is set up for {accelerator.distributed_type.value}, which splits a model over processes; "
+                "this trainer keeps a whole one in each. Start it with `accelerate launch --multi_gpu` or without."
             )
         yield accelerator
     finally:
@@ -48,15 +61,18 @@ def _forget(ours: bool) -> None:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """Seed torch's global random state and give the caller's back afterwards.
-
-    Yields:
-        a generator on the CPU, so that what is drawn from it is the same on every device.
-    """
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Give torch's global random state back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global random state and give the caller's back afterwards."""
+    with random_state_kept(device):
         torch.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -68,3 +84,22 @@ def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for part, training in before:
             part.training = training
+
+
+@contextmanager
+def checkpointed(modules: Iterable[Any]) -> Iterator[None]:
+    """Let models of Diffusers and transformers recompute their activations in the backward pass."""
+    switched = [module for module in modules if not module.is_gradient_checkpointing]
+    try:
+        for module in switched:
+            if hasattr(module, "enable_gradient_checkpointing"):
+                module.enable_gradient_checkpointing()
+            else:
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+        yield
+    finally:
+        for module in switched:
+            if hasattr(module, "disable_gradient_checkpointing"):
+                module.disable_gradient_checkpointing()
+            else:
+                module.gradient_checkpointing_disable()

@@ -1,0 +1,100 @@
+"""The state of a run in files, from which it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from ..formats.files import digest, read_safetensors, safetensors_bytes, write_whole
+from .errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run was after a step.
+
+    Attributes:
+        step: how many steps were done.
+        tensors: factors, the optimizer's state, averages.
+        values: all that is no tensor, for JSON.
+        path: of the file.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+    path: Path
+
+
+class Checkpoints:
+    """A folder of files `step-00000500.safetensors`, each written whole or not at all, with a checksum.
+
+    Args:
+        folder: made when something is saved.
+        limit: how many files to keep, the newest.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self._limit = folder, limit
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, then remove those beyond the limit, and those of later steps, which are not this run's.
+
+        Raises:
+            CheckpointError: the disk is full or the folder not writable; the older ones are as they were.
+        """
+        text = json.dumps(values)
+        path = self.folder / f"step-{step:08d}.safetensors"
+        try:
+            write_whole({path: safetensors_bytes(tensors, {"run": text, "sha256": digest(tensors, text)})})
+        except OSError as error:
+            newest = self._files()[-1:]
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written ({error}). "
+                + (f"The one before is whole: {newest[0]}." if newest else "There is none before it.")
+            ) from error
+        files = self._files()
+        ours = files[: files.index(path) + 1]
+        # Later ones are damaged and were passed over, or are of a run that was begun anew.
+        for other in {*files} - {*ours[-self._limit :]}:
+            other.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; a damaged one is passed over with a warning. None if there is none."""
+        for path in reversed(self._files()):
+            try:
+                return read_checkpoint(path)
+            except CheckpointError as error:
+                _log.warning("%s The one before it is tried.", error)
+        return None
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint's content.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or none.
+    """
+    try:
+        tensors, metadata = read_safetensors(path)
+        text = metadata["run"]
+        whole = digest(tensors, text) == metadata["sha256"]
+    except (AdapterFileError, KeyError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of a run, or a damaged one ({error}).") from error
+    if not whole:
+        raise CheckpointError(f"The checkpoint {path} is damaged: its checksum is another.")
+    values = json.loads(text)
+    return Checkpoint(values["step"], tensors, values, path)

@@ -1,0 +1,98 @@
+"""Optimizers by name, and their state as tensors and plain values, which files hold without pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainingConfig
+from .errors import TrainingConfigError
+
+
+def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that a config names, with the text encoders' parameters in a group of their own.
+
+    Args:
+        parameters: by name; a text encoder's starts with `text_encoder`.
+        config: optimizer, learning rates, betas, decay.
+
+    Raises:
+        TrainingConfigError: it needs a package that is not installed.
+    """
+    encoders = [parameter for name, parameter in parameters.items() if name.startswith("text_encoder")]
+    others = [parameter for name, parameter in parameters.items() if not name.startswith("text_encoder")]
+    rates = (config.learning_rate, config.text_encoder_lr or config.learning_rate)
+    groups = [{"params": group, "lr": lr} for group, lr in zip((others, encoders), rates, strict=True) if group]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "adamw8bit":
+        return _adamw8bit(groups, options)
+    if config.optimizer == "prodigy":
+        return _prodigy(groups, options)
+    # An adapter is hundreds of small tensors, and one fused call is quicker than a dozen for each of them.
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+    return torch.optim.AdamW(groups, fused=fused, **options)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise TrainingConfigError("optimizer 'adamw8bit' needs bitsandbytes: pip install bitsandbytes.") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
+    return optimizer
+
+
+def _prodigy(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise TrainingConfigError("optimizer 'prodigy' needs prodigyopt: pip install prodigyopt.") from error
+    if len({group["lr"] for group in groups}) > 1:
+        raise TrainingConfigError("optimizer 'prodigy' finds one learning rate for all: leave text_encoder_lr out.")
+    optimizer: torch.optim.Optimizer = Prodigy(groups, **options)
+    return optimizer
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors, and what else there is of it as values for JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
+    for path, value in _leaves(state["state"]):
+        if isinstance(value, Tensor):
+            tensors["/".join(path)] = value
+        else:
+            values["state"]["/".join(path)] = value
+    return tensors, values
+
+
+def _leaves(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of dictionaries in dictionaries; bitsandbytes keeps its tensors two deep."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Give an optimizer of the same parameters the state that `optimizer_state` took."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**values["state"], **tensors}.items():
+        number, *parents, key = name.split("/")
+        entries = state.setdefault(int(number), {})
+        for parent in parents:
+            entries = entries.setdefault(parent, {})
+        entries[key] = value
+    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in values["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

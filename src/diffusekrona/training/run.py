@@ -1,0 +1,223 @@
+"""A whole run as its settings say: the base, the images, the training, and all that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..base import load_base
+from ..errors import KronAError
+from ..formats.files import write_whole
+from ..pipeline import save_krona
+from ..report import KronAReport, krona_report
+from .checkpoints import Checkpoints
+from .data import ImagePlan, TrainingImage, load_dataset, load_folder
+from .dreambooth import train_dreambooth, training_resolution
+from .loop import TrainingResult, TrainingStep
+from .prior import draw_class_images
+from .settings import Settings, settings_text
+from .summary import model_card, run_page
+from .trackers import Trackers
+from .validation import Validation
+
+OnStep = Callable[[TrainingStep], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        result: of the training.
+        report: of the adapter.
+        saved: where the adapter is, and its copies.
+        page: the run's report.
+    """
+
+    result: TrainingResult
+    report: KronAReport
+    saved: list[Path]
+    page: Path
+
+
+def run(
+    settings: Settings, on_step: OnStep | None = None, on_class_image: Callable[[int, int], None] | None = None
+) -> Outcome:
+    """Train and save an adapter. Of several processes, the first one writes.
+
+    Raises:
+        KronAError: anything that the user can mend; see `train_dreambooth`.
+    """
+    output, data = settings.output, settings.data
+    make_room_for(output.output_dir)
+    pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, data.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    plan = image_plan(settings, training_resolution(pipe, data.resolution), pipe.vae_scale_factor)
+    images = training_images(settings, plan)
+    others = class_images(pipe, settings, plan, on_class_image)
+    writes = PartialState().is_main_process
+    if writes:
+        write_whole({output.run_folder / "settings.yaml": settings_text(settings).encode()})
+    observers = _Observers(pipe, settings) if writes else None
+
+    def after(done: TrainingStep) -> None:
+        if observers is not None:
+            observers(done)
+        if on_step is not None:
+            on_step(done)
+
+    try:
+        result = train_dreambooth(
+            pipe,
+            images,
+            data.instance_prompt or "",
+            settings.training,
+            settings.adapter.config(),
+            class_images=others,
+            on_step=after,
+            folder=output.run_folder,
+            resume=output.resume,
+        )
+    finally:
+        if observers is not None:
+            observers.close()
+    report = krona_report(pipe)
+    saved = _save(pipe, settings, result, report) if writes else []
+    return Outcome(result, report, saved, output.run_folder / "report.html")
+
+
+class _Observers:
+    """What looks at a run after each step: trackers, and pictures of validation prompts."""
+
+    def __init__(self, pipe: Any, settings: Settings) -> None:
+        output = settings.output
+        found = _checkpoints(settings).newest() if output.resume else None
+        self._trackers = Trackers(
+            output.run_folder / "tensorboard", settings.flat(), output.report_to, found.step if found else 0
+        )
+        self._prompts, self._every = output.validation_prompt, output.validation_steps
+        self._validation = Validation(
+            pipe,
+            self._prompts,
+            output.run_folder / "validation",
+            seed=settings.training.seed,
+            steps=output.validation_inference_steps,
+            guidance_scale=output.validation_guidance_scale,
+        )
+
+    def __call__(self, done: TrainingStep) -> None:
+        self._trackers.step(done)
+        if self._prompts and (done.step % self._every == 0 or done.step == done.steps):
+            self._trackers.pictures(done.step, self._prompts, self._validation.draw(done.step))
+
+    def close(self) -> None:
+        self._trackers.close()
+
+
+def _checkpoints(settings: Settings) -> Checkpoints:
+    return Checkpoints(settings.output.run_folder / "checkpoints", settings.training.checkpoints_total_limit)
+
+
+def _save(pipe: Any, settings: Settings, result: TrainingResult, report: KronAReport) -> list[Path]:
+    """The adapter, its copies, the run's page, and in a folder a model card."""
+    output, data = settings.output, settings.data
+    single = output.output_dir.suffix == ".safetensors"
+    whole = output.output_dir if single else output.output_dir / f"{output.output_dir.absolute().name}.safetensors"
+    saved = [save_krona(pipe, output.output_dir), *([] if single else [save_krona(pipe, whole)])]
+    if output.also is not None:
+        steps = {"ss_steps": str(result.steps), "ss_learning_rate": str(settings.training.learning_rate)}
+        copy = whole.with_name(f"{whole.stem}-{output.also}.safetensors")
+        saved.append(save_krona(pipe, copy, format=output.also, metadata=steps))
+    facts = {
+        "parameters": f"{report.parameters:,}, {report.share:.3%} of the base's",
+        "steps": f"{result.steps} on {result.images} images, {result.seconds:.0f} s",
+        "final loss": f"{result.final_loss:.4f}",
+    }
+    prompt = data.instance_prompt or "the subject"
+    command = f"diffusekrona train --config {output.run_folder / 'settings.yaml'}"
+    sheet = output.run_folder / "validation" / "sheet.png"
+    files = {output.run_folder / "report.html": run_page(prompt, command, facts, settings.flat(), result.losses, sheet)}
+    if not single:
+        base, names = data.pretrained_model_name_or_path, [path.name for path in saved[1:]]
+        files[output.output_dir / "README.md"] = model_card(base, prompt, type(pipe).__name__, facts, names)
+    write_whole({path: text.encode() for path, text in files.items()})
+    if output.push_to_hub is not None:
+        _push(output.output_dir, output.push_to_hub, single)
+    return saved
+
+
+def _push(path: Path, repository: str, single: bool) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        if single:
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
+        else:
+            api.upload_folder(folder_path=path, repo_id=repository, ignore_patterns=["run/*"])
+    except (OSError, ValueError) as error:
+        raise KronAError(f"The adapter is in {path}, but could not be pushed to {repository}: {error}") from error
+
+
+def image_plan(settings: Settings, resolution: int, multiple: int) -> ImagePlan:
+    """What becomes of each image."""
+    data = settings.data
+    return ImagePlan(
+        resolution,
+        center_crop=data.center_crop,
+        repeats=data.repeats,
+        aspect_ratio_buckets=data.aspect_ratio_buckets,
+        multiple=multiple,
+        seed=settings.training.seed,
+        on_bad_image=data.on_bad_image,
+    )
+
+
+def training_images(settings: Settings, plan: ImagePlan) -> list[TrainingImage]:
+    """The images of the subject."""
+    data = settings.data
+    if data.instance_data_dir is not None:
+        return load_folder(data.instance_data_dir, data.instance_prompt, plan)
+    assert data.dataset_dir is not None
+    return load_dataset(data.dataset_dir, data.instance_prompt, plan, data.image_column, data.caption_column)
+
+
+def class_images(
+    pipe: Any, settings: Settings, plan: ImagePlan, on_image: Callable[[int, int], None] | None
+) -> list[TrainingImage]:
+    """The images of others of the class, drawn where they are missing; none without prior preservation."""
+    prior, state = settings.prior, PartialState()
+    if not prior.with_prior_preservation or prior.class_prompt is None:
+        return []
+    folder = prior.class_data_dir or settings.output.run_folder / "class"
+    with state.main_process_first():
+        if state.is_main_process:
+            draw_class_images(
+                pipe,
+                prior.class_prompt,
+                folder,
+                prior.num_class_images,
+                batch_size=prior.sample_batch_size,
+                seed=settings.training.seed,
+                device=state.device,
+                on_image=on_image,
+            )
+    return load_folder(folder, prior.class_prompt, plan)
+
+
+def make_room_for(output: Path) -> None:
+    """Fail before the training, not after it, where the adapter could not be saved."""
+    if output.suffix == ".safetensors":
+        if output.is_dir():
+            raise KronAError(f"output_dir {output} is a folder; a file that ends in .safetensors was expected.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    elif output.is_file():
+        raise KronAError(f"output_dir {output} is a file; give a folder, or a file that ends in .safetensors.")
+    else:
+        output.mkdir(parents=True, exist_ok=True)

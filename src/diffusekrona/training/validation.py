@@ -1,0 +1,94 @@
+"""Pictures of the run's progress: the same prompts and seeds every so many steps, all on one sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+from ..formats.files import write_whole
+from ..generation import generate_images
+from .runtime import modes_kept
+
+
+class Validation:
+    """Draws validation prompts with a pipeline in training, and keeps all that was drawn.
+
+    Pictures are files `step-00000100-0.png`; those of steps before a resumed run are on the sheet again.
+
+    Args:
+        pipe: the pipeline.
+        prompts: one picture of each.
+        folder: of the pictures and of the sheet, `sheet.png`.
+        seed: of all pictures.
+        steps: denoising steps.
+        guidance_scale: how closely to follow the prompt.
+    """
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], folder: Path, *, seed: int, steps: int, guidance_scale: float
+    ) -> None:
+        self._pipe, self._prompts, self._folder, self._seed = pipe, list(prompts), folder, seed
+        self._options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+
+    @property
+    def sheet(self) -> Path:
+        """The file of the sheet."""
+        return self._folder / "sheet.png"
+
+    def draw(self, step: int) -> list[Image.Image]:
+        """Draw all prompts after a step, and the sheet anew."""
+        modules = [part for part in self._pipe.components.values() if isinstance(part, nn.Module)]
+        homes = [(module, next(module.parameters()).device) for module in modules]
+        device = next(device for _, device in homes if device.type != "cpu") if _elsewhere(homes) else homes[0][1]
+        with modes_kept(modules):
+            for module in modules:
+                module.eval()
+            self._pipe.to(device)
+            try:
+                images = generate_images(self._pipe, self._prompts, self._seed, **self._options)
+            finally:
+                for module, home in homes:
+                    module.to(home)
+        files = {self._file(step, number): _png(image) for number, image in enumerate(images)}
+        write_whole(files)
+        write_whole({self.sheet: self._drawn_sheet()})
+        return images
+
+    def _file(self, step: int, number: int) -> Path:
+        return self._folder / f"step-{step:08d}-{number}.png"
+
+    def _drawn_sheet(self) -> bytes:
+        """A row for each step and a column for each prompt."""
+        steps = sorted({int(path.name.split("-")[1]) for path in self._folder.glob("step-*-*.png")})
+        columns = range(len(self._prompts))
+        figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(steps) + 0.5), layout="constrained")
+        grid = figure.subplots(len(steps), len(columns), squeeze=False)
+        for row, step in zip(grid, steps, strict=True):
+            for column, axes in zip(columns, row, strict=True):
+                if (file := self._file(step, column)).is_file():
+                    with Image.open(file) as image:
+                        axes.imshow(image)
+                axes.set(xticks=[], yticks=[])
+            row[0].set_ylabel(f"step {step}")
+        for prompt, axes in zip(self._prompts, grid[0], strict=True):
+            axes.set_title(prompt, fontsize=8, wrap=True)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=110)
+        return content.getvalue()
+
+
+def _elsewhere(homes: Sequence[tuple[nn.Module, torch.device]]) -> bool:
+    return any(device.type != "cpu" for _, device in homes)
+
+
+def _png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
