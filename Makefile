@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/diffusekrona demo
 
-test: .venv/ready .venv/quantized
+test: .venv/ready .venv/extras
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: .venv/ready
@@ -31,9 +31,9 @@ base: .venv/ready
 	@touch $@
 
 # Apart, since the libraries that depend on torchao load it and log much about it wherever it is installed.
-.venv/quantized: .venv/ready
-	@echo "Making .venv: bitsandbytes, torchao and quanto, for the tests"
-	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,quantized]'
+.venv/extras: .venv/ready
+	@echo "Making .venv: quantized bases, optimizers and datasets, for the tests"
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,quantized,training]'
 	@touch $@
 
 clean:

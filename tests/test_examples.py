@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from diffusekrona.training.settings import Settings, read_settings
+
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "models" / "emoji-sdxl"
 
@@ -57,6 +59,19 @@ def test_an_adapter_is_written_for_comfyui_and_a_lokr_file_is_generated_with(tmp
         with Image.open(picture) as image:
             assert image.size == (64, 64)
         picture.unlink()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "settings").iterdir()), ids=lambda path: path.name)
+def test_settings_can_be_trained_with(tmp_path: Path, file: Path) -> None:
+    given = {"instance_data_dir": "images", "output_dir": "my-dog"}
+    settings = Settings.of({**given, **read_settings(file)})
+    assert settings.adapter.config().a1 == settings.adapter.a1
+    if settings.data.pretrained_model_name_or_path == "models/emoji-sdxl":
+        values = {"base": BASE, "images": ROOT / "examples" / "toy-bear", "output": tmp_path / "toy"}
+        flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "diffusekrona.cli", "train", "--config", str(file), *flags, "--plan"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "344,736 (4.857% of the base's)" in done.stdout, done.stderr
 
 
 def test_a_lora_is_turned_into_kronecker_adapters_and_a_sheet_shows_them(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def train(
         return
     with training_progress(settings.training.max_train_steps) as on_step:
         outcome = run(settings, on_step)
+    if not outcome.saved:  # by another process
+        return
     result, report = outcome.result, outcome.report
     console.print(
         f"Adapted {len(report.layers)} layers with {report.parameters:,} trainable parameters, "

@@ -68,8 +68,8 @@ def run(
     def after(done: TrainingStep) -> None:
         if observers is not None:
             observers(done)
-        if on_step is not None:
-            on_step(done)
+            if on_step is not None:
+                on_step(done)
 
     try:
         result = train_dreambooth(

@@ -231,6 +231,8 @@ def _group(group: type, values: Mapping[str, Any]) -> Any:
 def _value(name: str, kind: Any, value: Any) -> Any:
     """What a setting is in Python: paths and factors are plain text in a file, and YAML takes 1e-4 for a text."""
     kind = next(one for one in get_args(kind) if one is not NoneType) if NoneType in get_args(kind) else kind
+    if get_origin(kind) is list and isinstance(value, str):
+        return [value]
     if get_origin(kind) is Literal:
         check_choice(name, value, get_args(kind))
     elif kind is bool:

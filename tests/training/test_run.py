@@ -1,0 +1,184 @@
+"""Whole runs as their settings say, on a tiny base."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusekrona import load_krona
+from diffusekrona.errors import KronAError
+from diffusekrona.injected import krona_layers
+from diffusekrona.training import CheckpointError, TrainingConfigError
+from diffusekrona.training.run import run
+from diffusekrona.training.settings import Settings, read_settings
+from tests.pipelines import tiny_sd_pipeline
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny_sd_pipeline().save_pretrained(folder / "base")
+    (folder / "images").mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 30), colour).save(folder / "images" / f"{number}.png")
+    return folder
+
+
+def settings(place: Path, output: Path, **values: Any) -> Settings:
+    return Settings.of(
+        {
+            "pretrained_model_name_or_path": str(place / "base"),
+            "instance_data_dir": place / "images",
+            "instance_prompt": "a sks toy",
+            "output_dir": output,
+            "a1": 4,
+            "a2": 8,
+            "max_train_steps": 4,
+            "learning_rate": 1e-2,
+            "validation_inference_steps": 1,
+            **values,
+        }
+    )
+
+
+def factors(path: Path) -> dict[str, torch.Tensor]:
+    pipe = tiny_sd_pipeline()
+    load_krona(pipe, path)
+    return {
+        f"{name}.{key}": factor.detach()
+        for name, layer in krona_layers(pipe.unet).items()
+        for key, factor in layer.parameters_of("default").items()
+    }
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_comes_out_is_the_adapter_in_all_its_forms(place: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    outcome = run(settings(place, tmp_path / "toy", also="lokr"), lambda done: seen.append(done.step))
+    folder, single, lokr = outcome.saved
+    assert [path.name for path in outcome.saved] == ["toy", "toy.safetensors", "toy-lokr.safetensors"]
+    assert same(factors(folder), factors(single))
+    assert same(factors(folder), factors(lokr))
+    assert seen == [1, 2, 3, 4]
+    card = (folder / "README.md").read_text()
+    assert 'instance_prompt: "a sks toy"' in card
+    assert "`toy-lokr.safetensors`" in card
+
+
+def test_a_single_file_has_its_run_beside_it(place: Path, tmp_path: Path) -> None:
+    outcome = run(settings(place, tmp_path / "toy.safetensors", checkpointing_steps=2))
+    assert outcome.saved == [tmp_path / "toy.safetensors"]
+    assert outcome.page == tmp_path / "toy" / "run" / "report.html"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy", "toy.safetensors"]
+    assert len(list((tmp_path / "toy" / "run" / "checkpoints").iterdir())) == 2
+
+
+def test_the_settings_beside_the_result_repeat_it(place: Path, tmp_path: Path) -> None:
+    first = run(settings(place, tmp_path / "one", learning_rate=3e-3, factors={"to_k": (2, 2)}, random_flip=True))
+    given = read_settings(tmp_path / "one" / "run" / "settings.yaml")
+    again = run(Settings.of({**given, "output_dir": tmp_path / "two"}))
+    assert same(factors(first.saved[0]), factors(again.saved[0]))
+    assert f"--config {tmp_path / 'one' / 'run' / 'settings.yaml'}" in first.page.read_text()
+
+
+def test_validation_draws_and_changes_nothing(place: Path, tmp_path: Path) -> None:
+    prompts = ["a sks toy on sand", "a <sks> toy"]
+    plain = run(settings(place, tmp_path / "plain", dropout=0.1))
+    shown = run(settings(place, tmp_path / "shown", dropout=0.1, validation_prompt=prompts, validation_steps=3))
+    assert same(factors(plain.saved[0]), factors(shown.saved[0]))
+    pictures = tmp_path / "shown" / "run" / "validation"
+    names = {f"step-{step:08d}-{number}.png" for step in (3, 4) for number in (0, 1)} | {"sheet.png"}
+    assert {path.name for path in pictures.iterdir()} == names
+    early, late = (np.asarray(Image.open(pictures / f"step-0000000{step}-0.png")) for step in (3, 4))
+    assert not np.array_equal(early, late)
+    page = shown.page.read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "a &lt;sks&gt; toy" in page
+    assert plain.page.read_text().count("data:image/png;base64,") == 1
+
+
+def test_tensorboard_has_every_step_also_of_a_resumed_run(place: Path, tmp_path: Path) -> None:
+    first = run(settings(place, tmp_path / "toy"))
+    second = run(settings(place, tmp_path / "toy", max_train_steps=6, resume=True, validation_prompt=["a toy"]))
+    assert second.result.resumed_at == 4
+    board = EventAccumulator(str(tmp_path / "toy" / "run" / "tensorboard")).Reload()
+    events = board.Scalars("train/loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([event.value for event in events], second.result.losses, rtol=1e-6)
+    assert second.result.losses[:4] == first.result.losses
+    assert board.Images("validation/0")[-1].step == 6
+
+
+def test_class_images_are_trained_on(place: Path, tmp_path: Path) -> None:
+    prior = {"with_prior_preservation": True, "class_prompt": "a toy", "num_class_images": 1}
+    with_class, without = (
+        run(settings(place, tmp_path / name, **values)) for name, values in (("a", prior), ("b", {}))
+    )
+    assert (tmp_path / "a" / "run" / "class" / "class-00000.png").is_file()
+    assert all(a > b for a, b in zip(with_class.result.losses, without.result.losses, strict=True))
+
+
+def test_class_images_that_are_there_count(place: Path, tmp_path: Path) -> None:
+    drawn: list[tuple[int, int]] = []
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "class" / "own.jpg")
+    prior = {"with_prior_preservation": True, "class_prompt": "a toy", "class_data_dir": tmp_path / "class"}
+    for _ in range(2):
+        run(
+            settings(place, tmp_path / "toy", **prior, num_class_images=4, sample_batch_size=2, max_train_steps=1),
+            on_class_image=lambda done, count: drawn.append((done, count)),
+        )
+    assert drawn == [(3, 4), (4, 4)]
+    names = {path.name for path in (tmp_path / "class").iterdir()}
+    assert names == {"own.jpg", *(f"class-{number:05d}.png" for number in range(3))}
+    pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "class").glob("*.png"))]
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"with_prior_preservation": True}, "class_prompt"),
+        ({"report_to": "wandb"}, "pip install wandb"),
+        ({"validation_steps": 0}, "validation_steps must be"),
+        ({"resolution": 30}, "not divisible"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_training(
+    place: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingConfigError, match=message):
+        run(settings(place, tmp_path / "toy", **values))
+    assert not (tmp_path / "toy" / "unet").exists()
+
+
+def test_another_run_is_not_resumed(place: Path, tmp_path: Path) -> None:
+    run(settings(place, tmp_path / "toy"))
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.01 and is 0\.02"):
+        run(settings(place, tmp_path / "toy", learning_rate=2e-2, resume=True))
+
+
+def test_an_adapter_that_cannot_be_pushed_is_on_disk_and_the_error_says_so(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(KronAError, match=r"The adapter is in .*toy, but could not be pushed"):
+        run(settings(place, tmp_path / "toy", push_to_hub="nobody/toy"))
+    assert factors(tmp_path / "toy")
+
+
+@pytest.mark.parametrize("output", ["file", "folder.safetensors"])
+def test_a_place_that_cannot_be_written_to_is_an_error_before_anything_is_loaded(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(KronAError, match="output_dir"):
+        run(settings(tmp_path / "nothing", tmp_path / output))
