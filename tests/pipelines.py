@@ -1,8 +1,8 @@
 """Tiny pipelines with random weights, for tests that need a whole Stable Diffusion without a download.
 
-Both work on 32 x 32 images (latents 4 x 8 x 8) and are built in a fraction of a second. The weights come from
+All work on 32 x 32 images (latents 4 x 8 x 8) and are built in a fraction of a second. The weights come from
 a seed, so two calls give equal pipelines. Every attention projection is 64 or 128 wide on either side, so the
-default factors (a1, a2) = (4, 64) fit all of them, in the UNet and in the text encoders.
+default factors (a1, a2) = (4, 64) fit all of them, in the UNet or transformer and in the text encoders.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,22 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 IMAGE_SIZE = 32
 TEXT_WIDTH = 64
@@ -34,6 +45,11 @@ def tiny_sdxl_pipeline(seed: int = 0, **scheduler: Any) -> StableDiffusionXLPipe
 def tiny_sd_pipeline(seed: int = 0, **scheduler: Any) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` without safety checker; `scheduler` overrides its scheduler's entries."""
     return _seeded(seed, lambda: _build_sd(scheduler))
+
+
+def tiny_sd3_pipeline(seed: int = 0, **scheduler: Any) -> StableDiffusion3Pipeline:
+    """A `StableDiffusion3Pipeline` with all three text encoders; `scheduler` overrides its scheduler's entries."""
+    return _seeded(seed, lambda: _build_sd3(scheduler))
 
 
 def _seeded(seed: int, build: Callable[[], Built]) -> Built:
@@ -83,6 +99,35 @@ def _build_sd(scheduler: dict[str, Any]) -> StableDiffusionPipeline:
     return pipe
 
 
+def _build_sd3(scheduler: dict[str, Any]) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE // 4,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=64,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        out_channels=4,
+        pos_embed_max_size=32,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
+        vae=_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(_text_config()).eval(),
+        tokenizer=_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config()).eval(),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=_t5().eval(),
+        tokenizer_3=T5Tokenizer(vocab=_t5_vocabulary(), extra_ids=0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _unet_shape() -> dict[str, Any]:
     """Two levels, 64 and 128 wide, both with attention."""
     return {
@@ -98,7 +143,7 @@ def _unet_shape() -> dict[str, Any]:
     }
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**more: Any) -> AutoencoderKL:
     """Three levels, so latents are a quarter of the image on each side; no attention, to stay quick."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -110,6 +155,7 @@ def _vae() -> AutoencoderKL:
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
         force_upcast=False,
+        **more,
     ).eval()
 
 
@@ -136,6 +182,18 @@ def _text_config() -> CLIPTextConfig:
         bos_token_id=vocabulary[START],
         eos_token_id=vocabulary[END],
         pad_token_id=vocabulary[END],
+    )
+
+
+def _t5_vocabulary() -> list[tuple[str, float]]:
+    """Pieces with their scores: the special tokens, the sign that starts a word, and single characters."""
+    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in ALPHABET)]
+
+
+def _t5() -> T5EncoderModel:
+    width = 2 * TEXT_WIDTH  # as wide as both other encoders together
+    return T5EncoderModel(
+        T5Config(vocab_size=len(_t5_vocabulary()), d_model=width, d_kv=32, d_ff=width, num_layers=1, num_heads=4)
     )
 
 

@@ -1,4 +1,7 @@
+import os
 import re
+import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,9 +11,10 @@ from typer.testing import CliRunner
 from diffusekrona import KronALayer, load_krona
 from diffusekrona.cli import app
 from diffusekrona.generation import generate_images
+from diffusekrona.training.settings import read_settings
 from tests.pipelines import tiny_sd_pipeline
 
-TRAIN = ["--prompt", "a sks toy", "--steps", "3", "--learning-rate", "0.05"]
+TRAIN = ["--prompt", "a sks toy", "--max-train-steps", "3", "--learning-rate", "0.05"]
 GENERATE = ["--prompt", "a sks toy", "--steps", "2", "--device", "cpu"]
 
 
@@ -90,18 +94,52 @@ def test_the_progress_bar_shows_the_loss_and_stays_off_standard_output(base, ima
 
 def test_every_option_of_training_is_accepted_together(base, images, tmp_path):
     options = {
-        "--alpha": 0.5, "--dropout": 0.1, "--batch-size": 2, "--gradient-accumulation-steps": 2,
-        "--resolution": 16, "--seed": 3, "--lr-schedule": "cosine", "--lr-warmup-steps": 1,
-        "--weight-decay": 0, "--max-grad-norm": 0.5, "--snr-gamma": 5, "--mixed-precision": "bf16",
+        "--alpha": 0.5, "--dropout": 0.1, "--train-batch-size": 2, "--gradient-accumulation-steps": 2,
+        "--resolution": 16, "--seed": 3, "--lr-scheduler": "cosine", "--lr-warmup-steps": 1,
+        "--adam-weight-decay": 0, "--max-grad-norm": 0.5, "--snr-gamma": 5, "--mixed-precision": "bf16",
         "--dtype": "bfloat16",
     }  # fmt: skip
     flat = [part for pair in options.items() for part in pair]
     command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy", *TRAIN]
-    run(*command, *flat, "--horizontal-flip", "--text-encoders")
+    run(*command, *flat, "--random-flip", "--train-text-encoder")
     pipe = tiny_sd_pipeline()
     load_krona(pipe, tmp_path / "toy")
     assert any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
     assert pipe.unet.peft_config["default"].alpha == 0.5
+
+
+def test_settings_come_from_a_file_and_flags_win_over_it(base, images, tmp_path):
+    (tmp_path / "toy.yaml").write_text(
+        f"pretrained_model_name_or_path: {base}\ninstance-data-dir: {images}\ninstance_prompt: a sks toy\n"
+        f"output_dir: {tmp_path / 'toy'}\nmax_train_steps: 9\na1: 2\nlearning_rate: 1e-3\n"
+    )
+    result = run("train", "--config", tmp_path / "toy.yaml", "--max_train_steps", 2)
+    assert "2 steps on 3 images" in result.stdout
+    used = read_settings(tmp_path / "toy" / "run" / "settings.yaml")
+    assert (used["max_train_steps"], used["a1"], used["learning_rate"], used["train_batch_size"]) == (2, 2, 1e-3, 1)
+    again = run("train", "--config", tmp_path / "toy" / "run" / "settings.yaml", "--output", tmp_path / "again")
+    assert "2 steps on 3 images" in again.stdout
+    adapters = [(tmp_path / name / "unet" / "adapter_model.safetensors").read_bytes() for name in ("toy", "again")]
+    assert adapters[0] == adapters[1]
+
+
+def test_an_interrupted_training_says_how_to_go_on_and_does(base, images, tmp_path, monkeypatch):
+    output = tmp_path / "toy"
+    command = ["train", "--base", base, "--images", images, "--prompt", "a sks toy", "--max-train-steps", 4]
+
+    @contextmanager
+    def pressing_ctrl_c(steps):
+        yield lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == 1 else None
+
+    monkeypatch.setattr("diffusekrona.cli.training_progress", pressing_ctrl_c)
+    said = run(*command, "--output", output, code=130).stderr
+    assert said.startswith("Stopped after step 2. Its state is in ")
+    assert said.endswith("step-00000002.safetensors; the same command with --resume goes on from there.\n")
+    monkeypatch.undo()
+    run(*command, "--output", output, "--resume")
+    run(*command, "--output", tmp_path / "whole")
+    adapters = [(folder / "unet" / "adapter_model.safetensors").read_bytes() for folder in (output, tmp_path / "whole")]
+    assert adapters[0] == adapters[1]
 
 
 def test_generating_with_a_merged_adapter_is_generating_with_it(base, adapter, tmp_path):
@@ -163,19 +201,24 @@ def test_each_prompt_and_seed_has_its_image(base, tmp_path):
         ({"--base": "nobody/nothing"}, "There is no base model 'nobody/nothing'"),
         ({"--images": "nowhere"}, "There is no image folder nowhere"),
         ({"--prompt": " "}, "The prompt is empty"),
-        ({"--steps": 0}, "steps must be a whole number of at least 1"),
+        ({"--max-train-steps": 0}, "max_train_steps must be a whole number of at least 1"),
         ({"--resolution": 30}, "resolution 30 is not divisible by 4"),
         ({"--factors": "to_k=4"}, "--factors takes REGEX=A1,A2"),
         ({"--factors": "(=2,8"}, "not a regular expression"),
-        ({"--output": "taken.txt"}, "--output taken.txt is a file"),
-        ({"--output": "folder.safetensors"}, "--output folder.safetensors is a folder"),
+        ({"--config": "typo.yaml"}, "There is no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"--config": "nowhere.yaml"}, "The settings nowhere.yaml cannot be read"),
+        ({"--dataset-dir": "dataset"}, "Give either instance_data_dir"),
+        ({"--repeats": 0}, "repeats must be a whole number of at least 1"),
+        ({"--output": "taken.txt"}, "output_dir taken.txt is a file"),
+        ({"--output": "folder.safetensors"}, "output_dir folder.safetensors is a folder"),
     ],
 )
 def test_a_mistake_in_training_is_one_helpful_line(base, images, tmp_path, monkeypatch, change, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.txt").write_text("")
+    (tmp_path / "typo.yaml").write_text("learning_rat: 1e-3")
     (tmp_path / "folder.safetensors").mkdir()
-    options = {"--base": base, "--images": images, "--output": "toy", "--prompt": "a sks toy", "--steps": 1}
+    options = {"--base": base, "--images": images, "--output": "toy", "--prompt": "a sks toy", "--max-train-steps": 1}
     assert said in fail("train", *[part for pair in (options | change).items() for part in pair])
 
 
@@ -204,7 +247,7 @@ def test_ctrl_c_ends_with_one_line_and_the_usual_code(base, images, tmp_path, mo
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusekrona.cli.save_krona", interrupted)
+    monkeypatch.setattr("diffusekrona.training.run.save_krona", interrupted)
     command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy.safetensors", *TRAIN]
     assert run(*command, code=130).stderr.endswith("Stopped before the end.\n")
 

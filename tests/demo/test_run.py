@@ -41,7 +41,7 @@ def result(paths: DemoPaths, stages: list[str]) -> DemoResult:
     return run_demo(
         paths,
         krona=KronAConfig(a1=2, a2=8),
-        training=TrainingConfig(steps=3, learning_rate=5e-2),
+        training=TrainingConfig(max_train_steps=3, learning_rate=5e-2),
         generation_steps=2,
         on_stage=stages.append,
     )

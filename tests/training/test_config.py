@@ -1,35 +1,53 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusekrona.training import TrainingConfig, TrainingConfigError
 
 
 def test_defaults_are_the_papers():
     config = TrainingConfig()
-    assert (config.steps, config.learning_rate, config.lr_schedule) == (1000, 5e-4, "constant")
-    assert not config.text_encoders
-    assert not config.horizontal_flip
+    assert (config.max_train_steps, config.learning_rate, config.lr_scheduler) == (1000, 5e-4, "constant")
+    assert not config.train_text_encoder
+    assert not config.random_flip
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("steps", 0),
-        ("steps", 10.0),
-        ("steps", True),
-        ("batch_size", 0),
+        ("max_train_steps", 0),
+        ("max_train_steps", 10.0),
+        ("max_train_steps", True),
+        ("train_batch_size", 0),
         ("gradient_accumulation_steps", 0),
-        ("resolution", 0),
+        ("lr_num_cycles", 0),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0),
         ("seed", -1),
         ("learning_rate", 0.0),
         ("learning_rate", -1e-4),
         ("learning_rate", float("nan")),
         ("learning_rate", "5e-4"),
-        ("weight_decay", -0.1),
-        ("max_grad_norm", 0.0),
+        ("text_encoder_lr", 0.0),
+        ("adam_beta1", 1.0),
+        ("adam_beta2", -0.1),
+        ("adam_epsilon", 0.0),
+        ("adam_weight_decay", -0.1),
+        ("max_grad_norm", -1.0),
         ("snr_gamma", float("inf")),
+        ("noise_offset", -0.1),
+        ("ema_decay", 1.0),
+        ("prior_loss_weight", -1.0),
+        ("lr_power", 0),
         ("lr_warmup_steps", -1),
         ("mixed_precision", "fp8"),
-        ("lr_schedule", "piecewise_constant"),
+        ("lr_scheduler", "piecewise_constant"),
+        ("optimizer", "sgd"),
+        ("cache", "cloud"),
+        ("on_non_finite", "ignore"),
+        ("random_flip", "no"),
+        ("train_text_encoder", 1),
+        ("gradient_checkpointing", None),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(field, value):
@@ -38,11 +56,30 @@ def test_an_impossible_value_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"weight_decay": 0}, {"max_grad_norm": None}, {"snr_gamma": 5}, {"learning_rate": 1}]
+    "fields",
+    [
+        {"adam_weight_decay": 0},
+        {"max_grad_norm": 0},
+        {"snr_gamma": 5},
+        {"learning_rate": 1},
+        {"ema_decay": 0},
+        {"prior_loss_weight": 0},
+        {"noise_offset": 0},
+        {"train_text_encoder": True, "text_encoder_lr": 1e-4},
+    ],
 )
 def test_edge_values_are_accepted(fields):
     for name, value in fields.items():
         assert getattr(TrainingConfig(**fields), name) == value
+
+
+@given(beta=st.floats())
+def test_a_beta_is_from_zero_to_below_one_or_refused(beta):
+    if 0 <= beta < 1:
+        assert TrainingConfig(adam_beta1=beta).adam_beta1 == beta
+    else:
+        with pytest.raises(TrainingConfigError, match="adam_beta1"):
+            TrainingConfig(adam_beta1=beta)
 
 
 def test_a_warm_up_that_would_do_nothing_is_refused():
@@ -51,5 +88,10 @@ def test_a_warm_up_that_would_do_nothing_is_refused():
 
 
 def test_a_warm_up_that_never_ends_is_refused():
-    with pytest.raises(TrainingConfigError, match=r"lr_warmup_steps \(10\) must be below steps \(10\)"):
-        TrainingConfig(steps=10, lr_schedule="linear", lr_warmup_steps=10)
+    with pytest.raises(TrainingConfigError, match=r"lr_warmup_steps \(10\) must be below max_train_steps \(10\)"):
+        TrainingConfig(max_train_steps=10, lr_scheduler="linear", lr_warmup_steps=10)
+
+
+def test_a_learning_rate_of_text_encoders_that_are_not_trained_is_refused():
+    with pytest.raises(TrainingConfigError, match="text_encoder_lr is given, but"):
+        TrainingConfig(text_encoder_lr=1e-4)

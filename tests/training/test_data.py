@@ -1,10 +1,23 @@
+import io
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from diffusekrona.training import DatasetError, load_folder, prepare_images
+from diffusekrona.training import (
+    DatasetError,
+    ImagePlan,
+    TrainingConfigError,
+    load_dataset,
+    load_folder,
+    prepare_images,
+)
+from diffusekrona.training.buckets import nearest
 
 PROMPT = "a sks toy"
+PLAN = ImagePlan(32)
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -12,8 +25,8 @@ def solid(size, colour=RED, mode="RGB"):
     return Image.new(mode, size, colour)
 
 
-def prepare(image, resolution=32):
-    return prepare_images([image], PROMPT, resolution)[0]
+def prepare(image, resolution=32, **plan):
+    return prepare_images([image], PROMPT, ImagePlan(resolution, **plan))[0]
 
 
 def test_images_come_in_the_order_of_their_names_and_other_files_are_ignored(tmp_path):
@@ -24,7 +37,7 @@ def test_images_come_in_the_order_of_their_names_and_other_files_are_ignored(tmp
     (tmp_path / "more").mkdir()
     solid((32, 32)).save(tmp_path / "more" / "d.png")
 
-    images = load_folder(tmp_path, PROMPT, 32)
+    images = load_folder(tmp_path, PROMPT, PLAN)
 
     found = [np.array(image.image)[16, 16] for image in images]
     assert len(found) == 3
@@ -36,7 +49,7 @@ def test_a_text_file_overrides_the_prompt_of_its_image_only(tmp_path):
     solid((32, 32)).save(tmp_path / "a.png")
     solid((32, 32)).save(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("\ufeff  a sks toy\n on sand \n", encoding="utf-8")
-    assert [image.prompt for image in load_folder(tmp_path, PROMPT, 32)] == [PROMPT, "a sks toy on sand"]
+    assert [image.prompt for image in load_folder(tmp_path, PROMPT, PLAN)] == [PROMPT, "a sks toy on sand"]
 
 
 def test_the_middle_square_is_kept_and_the_shape_of_things_with_it():
@@ -65,7 +78,7 @@ def test_a_photograph_taken_sideways_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # The camera was turned: rotate by 90° clockwise to view.
     image.save(tmp_path / "a.png", exif=exif)
-    pixels = np.array(load_folder(tmp_path, PROMPT, 40)[0].image)
+    pixels = np.array(load_folder(tmp_path, PROMPT, ImagePlan(40))[0].image)
     assert tuple(pixels[5, 20]) == RED
     assert tuple(pixels[35, 20]) == BLUE
 
@@ -78,7 +91,7 @@ def test_transparent_pixels_become_white(mode):
 
 def test_a_transparent_palette_entry_becomes_white(tmp_path):
     solid((32, 32), 0, "P").save(tmp_path / "a.png", transparency=0)
-    assert tuple(np.array(load_folder(tmp_path, PROMPT, 32)[0].image)[16, 16]) == WHITE
+    assert tuple(np.array(load_folder(tmp_path, PROMPT, PLAN)[0].image)[16, 16]) == WHITE
 
 
 def test_half_transparent_pixels_are_mixed_with_white():
@@ -88,7 +101,7 @@ def test_half_transparent_pixels_are_mixed_with_white():
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.full((32, 32), 128 * 256, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert np.array(load_folder(tmp_path, PROMPT, 32)[0].image)[16, 16].tolist() == [128] * 3
+    assert np.array(load_folder(tmp_path, PROMPT, PLAN)[0].image)[16, 16].tolist() == [128] * 3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK"])
@@ -105,14 +118,14 @@ def test_the_callers_image_is_not_changed():
 def test_a_missing_folder_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DatasetError, match="There is no image folder toys") as error:
-        load_folder("toys", PROMPT, 32)
+        load_folder("toys", PROMPT, PLAN)
     assert str(tmp_path / "toys") in str(error.value)
 
 
 def test_a_folder_without_images_says_what_it_needs(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"at least one \.png, \.jpg, \.jpeg, \.webp"):
-        load_folder(tmp_path, PROMPT, 32)
+        load_folder(tmp_path, PROMPT, PLAN)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 60, 120])
@@ -121,7 +134,7 @@ def test_a_damaged_image_is_named(tmp_path, kept):
     Image.fromarray(noise).save(tmp_path / "b.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:kept])
     with pytest.raises(DatasetError, match=r"b\.png cannot be read"):
-        load_folder(tmp_path, PROMPT, 32)
+        load_folder(tmp_path, PROMPT, PLAN)
 
 
 @pytest.mark.parametrize(("text", "said"), [(b" \n", "is empty"), (b"\xff\xfe\xfa", "is not UTF-8")])
@@ -129,24 +142,271 @@ def test_a_useless_caption_is_named(tmp_path, text, said):
     solid((32, 32)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(text)
     with pytest.raises(DatasetError, match=rf"a\.txt {said}"):
-        load_folder(tmp_path, PROMPT, 32)
+        load_folder(tmp_path, PROMPT, PLAN)
 
 
 def test_a_blank_prompt_is_refused():
     with pytest.raises(DatasetError, match="The prompt is empty"):
-        prepare_images([solid((8, 8))], "  ", 32)
+        prepare_images([solid((8, 8))], "  ", PLAN)
 
 
 def test_prompts_may_be_one_for_each_image():
-    images = prepare_images([solid((8, 8))] * 2, ["a sks toy", "a sks toy on sand"], 32)
+    images = prepare_images([solid((8, 8))] * 2, ["a sks toy", "a sks toy on sand"], PLAN)
     assert [image.prompt for image in images] == ["a sks toy", "a sks toy on sand"]
 
 
 def test_a_wrong_number_of_prompts_is_refused():
     with pytest.raises(DatasetError, match="2 images but 3 prompts"):
-        prepare_images([solid((8, 8))] * 2, ["a", "b", "c"], 32)
+        prepare_images([solid((8, 8))] * 2, ["a", "b", "c"], PLAN)
 
 
 def test_no_images_at_all_are_refused():
     with pytest.raises(DatasetError, match="no images"):
-        prepare_images([], PROMPT, 32)
+        prepare_images([], PROMPT, PLAN)
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("resolution", 0),
+        ("resolution", "512"),
+        ("repeats", 0),
+        ("multiple", 0),
+        ("center_crop", "no"),
+        ("aspect_ratio_buckets", 1),
+        ("on_bad_image", "ignore"),
+    ],
+)
+def test_an_impossible_plan_is_refused_by_name(field, value):
+    with pytest.raises(TrainingConfigError, match=rf"^{field} must be .*{value!r}"):
+        ImagePlan(**{"resolution": 32, field: value})
+
+
+def places(size):
+    """A picture whose red and green say where in it a pixel is."""
+    width, height = size
+    array = np.zeros((height, width, 3), dtype=np.uint8)
+    array[..., 0], array[..., 1] = np.arange(width), np.arange(height)[:, None]
+    return Image.fromarray(array)
+
+
+@given(st.tuples(st.integers(32, 200), st.integers(32, 200)), st.booleans())
+def test_the_part_that_is_cut_is_where_the_numbers_say(size, center):
+    """The shorter side is as long as the result, so that nothing is resized and pixels can be read as places."""
+    short = min(size)
+    found = prepare_images([places(size)], PROMPT, ImagePlan(short, center_crop=center))[0]
+    left, top, _ = np.array(found.image)[0, 0]
+    assert found.crop_top_left == pytest.approx((top, left), abs=1)
+    assert found.image.size == (short, short)
+    if center:
+        assert found.crop_top_left == pytest.approx(((size[1] - short) / 2, (size[0] - short) / 2), abs=1)
+
+
+def test_each_repeat_is_cut_elsewhere_and_again_in_the_same_places():
+    def crops(seed):
+        plan = ImagePlan(40, center_crop=False, repeats=4, seed=seed)
+        found = prepare_images([places((200, 40)), places((40, 200))], PROMPT, plan)
+        assert [image.source for image in found] == ["image 1"] * 4 + ["image 2"] * 4
+        return [image.crop_top_left for image in found]
+
+    assert len(set(crops(0))) == 8
+    assert crops(0) == crops(0)
+    assert crops(0) != crops(1)
+
+
+def test_random_parts_are_from_all_over_the_image():
+    plan = ImagePlan(20, center_crop=False, repeats=300)
+    lefts = [image.crop_top_left[1] for image in prepare_images([places((120, 20))], PROMPT, plan)]
+    assert min(lefts) < 10
+    assert max(lefts) > 90
+    assert abs(np.mean(lefts) - 50) < 10
+
+
+def test_repeats_of_the_middle_are_all_the_same():
+    found = prepare_images([places((60, 40))], PROMPT, ImagePlan(32, repeats=3))
+    assert len(found) == 3
+    assert len({image.image.tobytes() for image in found}) == 1
+
+
+@given(st.tuples(st.integers(1, 300), st.integers(1, 300)))
+def test_with_buckets_each_image_is_of_the_size_nearest_to_its_own_shape(size):
+    plan = ImagePlan(64, aspect_ratio_buckets=True, multiple=8)
+    found = prepare_images([Image.new("RGB", size)], PROMPT, plan)[0]
+    assert found.image.size in plan.sizes
+    assert found.image.size == nearest(size, plan.sizes)
+    assert found.sizes == (*size[::-1], *found.crop_top_left, *found.image.size[::-1])
+
+
+# Images of all kinds
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (2, 3), (1, 3000)])
+@pytest.mark.parametrize("buckets", [False, True])
+def test_tiny_and_very_narrow_images_are_no_trouble(size, buckets):
+    found = prepare(solid(size, BLUE), aspect_ratio_buckets=buckets)
+    assert found.image.size in ImagePlan(32, aspect_ratio_buckets=buckets).sizes
+    assert np.array(found.image).reshape(-1, 3).tolist() == [list(BLUE)] * (found.image.width * found.image.height)
+
+
+def test_the_colours_of_print_become_those_of_screens(tmp_path):
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    pixel = np.array(load_folder(tmp_path, PROMPT, PLAN)[0].image)[16, 16].astype(int)
+    assert np.abs(pixel - np.array(Image.new("CMYK", (1, 1), (0, 255, 255, 0)).convert("RGB"))[0, 0]).max() < 10
+    assert pixel[0] > 150 > 100 > pixel[1]
+
+
+@pytest.mark.parametrize("value", [0, 1, 255, 256, 40000, 65535])
+def test_sixteen_bits_become_their_upper_eight(tmp_path, value):
+    Image.fromarray(np.full((32, 32), value, dtype=np.uint16)).save(tmp_path / "a.tif")
+    assert np.array(load_folder(tmp_path, PROMPT, PLAN)[0].image)[16, 16].tolist() == [value >> 8] * 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_way_to_hold_a_camera_is_turned_upright_and_its_size_with_it(tmp_path, orientation):
+    """Made by undoing what a viewer has to do, step by step, as the standard has it."""
+    upright = places((60, 40))
+    undo = {
+        1: [], 2: ["FLIP_LEFT_RIGHT"], 3: ["ROTATE_180"], 4: ["FLIP_TOP_BOTTOM"],
+        5: ["TRANSPOSE"], 6: ["ROTATE_90"], 7: ["TRANSVERSE"], 8: ["ROTATE_270"],
+    }  # fmt: skip
+    held = upright
+    for step in undo[orientation]:
+        held = held.transpose(Image.Transpose[step])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    held.save(tmp_path / "a.png", exif=exif)
+    found = load_folder(tmp_path, PROMPT, ImagePlan(40))[0]
+    assert found.original_size == (40, 60)
+    assert np.array_equal(np.array(found.image), np.array(upright)[:, 10:50])
+
+
+# Bad images
+
+
+@pytest.fixture
+def one_bad(tmp_path):
+    for name in ("a", "c"):
+        solid((32, 32)).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_a_bad_image_stops_or_is_left_out_with_a_warning(one_bad, caplog):
+    with pytest.raises(DatasetError, match=r"b\.jpg cannot be read"):
+        load_folder(one_bad, PROMPT, PLAN)
+    found = load_folder(one_bad, PROMPT, ImagePlan(32, on_bad_image="skip"))
+    assert [image.source.rpartition("/")[2] for image in found] == ["a.png", "c.png"]
+    (record,) = caplog.records
+    assert "b.jpg cannot be read" in record.getMessage()
+    assert record.getMessage().endswith("It is left out.")
+
+
+def test_what_is_wrong_with_a_caption_is_not_skipped(one_bad):
+    (one_bad / "c.txt").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"c\.txt is empty"):
+        load_folder(one_bad, PROMPT, ImagePlan(32, on_bad_image="skip"))
+
+
+def test_if_all_images_are_bad_there_is_nothing_to_train_on(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match="None of the 2 images can be read"):
+        load_folder(tmp_path, PROMPT, ImagePlan(32, on_bad_image="skip"))
+
+
+def test_an_image_in_memory_that_turns_out_to_be_damaged_is_one_too(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-500])
+    images = [solid((32, 32)), Image.open(tmp_path / "a.png")]
+    with pytest.raises(DatasetError, match="image 2 cannot be read"):
+        prepare_images(images, PROMPT, PLAN)
+    found = prepare_images([images[0], Image.open(tmp_path / "a.png")], PROMPT, ImagePlan(32, on_bad_image="skip"))
+    assert len(found) == 1
+
+
+def test_without_a_common_prompt_each_image_needs_its_own(tmp_path):
+    solid((32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match=r"a\.png has no prompt: .*a\.txt"):
+        load_folder(tmp_path, None, PLAN)
+    (tmp_path / "a.txt").write_text("a sks cup")
+    assert load_folder(tmp_path, None, PLAN)[0].prompt == "a sks cup"
+
+
+# Datasets on disk
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Writes a dataset of these columns to disk, images as they would be encoded."""
+    datasets = pytest.importorskip("datasets")
+
+    def write(split=None, **columns):
+        rows = datasets.Dataset.from_dict(columns)
+        for name, values in columns.items():
+            if not isinstance(values[0], str):
+                rows = rows.cast_column(name, datasets.Image())
+        folder = tmp_path / "dataset"
+        (datasets.DatasetDict({split: rows}) if split else rows).save_to_disk(str(folder))
+        return folder
+
+    return write
+
+
+def encoded(image):
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+ROWS = [encoded(solid((40, 30), RED)), encoded(solid((30, 40), BLUE))]
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+def test_a_dataset_is_as_good_as_its_images_and_captions(dataset, split):
+    found = load_dataset(dataset(split, image=ROWS, text=["a red toy", " a blue toy "]), None, PLAN)
+    assert [image.prompt for image in found] == ["a red toy", "a blue toy"]
+    assert [tuple(np.array(image.image)[16, 16]) for image in found] == [RED, BLUE]
+    assert [image.original_size for image in found] == [(30, 40), (40, 30)]
+    assert found[1].source.endswith("dataset, row 1")
+
+
+def test_columns_can_have_other_names_and_one_prompt_can_replace_the_captions(dataset):
+    folder = dataset(picture=ROWS, said=["a red toy", "a blue toy"])
+    assert load_dataset(folder, None, PLAN, "picture", "said")[0].prompt == "a red toy"
+    assert [image.prompt for image in load_dataset(folder, PROMPT, PLAN, "picture")] == [PROMPT] * 2
+
+
+def test_a_dataset_that_lacks_something_is_refused_by_name(dataset, tmp_path):
+    folder = dataset(image=ROWS)
+    with pytest.raises(DatasetError, match=r"no column 'text'; there are: image\."):
+        load_dataset(folder, None, PLAN)
+    with pytest.raises(DatasetError, match="no column 'picture'"):
+        load_dataset(folder, PROMPT, PLAN, "picture")
+    with pytest.raises(DatasetError, match="is no dataset that save_to_disk wrote"):
+        load_dataset(tmp_path / "nowhere", PROMPT, PLAN)
+
+
+def test_a_dataset_without_a_training_split_says_which_there_are(dataset):
+    with pytest.raises(DatasetError, match=r"no split 'train'; there are: test\."):
+        load_dataset(dataset("test", image=ROWS), PROMPT, PLAN)
+
+
+def test_a_bad_row_stops_or_is_left_out(dataset):
+    folder = dataset(image=[ROWS[0], {"bytes": b"no image", "path": None}], text=["a", "b"])
+    with pytest.raises(DatasetError, match="row 1 cannot be read"):
+        load_dataset(folder, None, PLAN)
+    assert len(load_dataset(folder, None, ImagePlan(32, on_bad_image="skip"))) == 1
+
+
+def test_a_column_of_something_else_holds_no_images(dataset):
+    with pytest.raises(DatasetError, match="column 'text' holds no image"):
+        load_dataset(dataset(image=ROWS, text=["a", "b"]), PROMPT, PLAN, "text")
+
+
+def test_a_row_without_a_caption_is_named(dataset):
+    with pytest.raises(DatasetError, match="row 1 has no prompt in column 'text'"):
+        load_dataset(dataset(image=ROWS, text=["a", None]), None, PLAN)

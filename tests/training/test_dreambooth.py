@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,18 +10,20 @@ from diffusekrona import KronAConfig, KronALayer, KronAModel, inject_krona, load
 from diffusekrona.errors import AdapterNameError, FactorShapeError
 from diffusekrona.training import (
     DatasetError,
+    ImagePlan,
     TrainingConfig,
     TrainingConfigError,
     TrainingDivergedError,
     UnsupportedPipelineError,
+    prepare_images,
     train_dreambooth,
 )
-from diffusekrona.training.dreambooth import training_resolution
-from tests.pipelines import IMAGE_SIZE, tiny_sd_pipeline, tiny_sdxl_pipeline
+from diffusekrona.training.dreambooth import image_reduction, training_resolution
+from tests.pipelines import IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.training.runs import FAMILIES, PLAN, SMALL, examples, pictures, same
 
 PROMPT = "a sks toy"
-QUICK = TrainingConfig(steps=2, learning_rate=1e-2, batch_size=2)
-PIPELINES = pytest.mark.parametrize("build", [tiny_sd_pipeline, tiny_sdxl_pipeline])
+QUICK = TrainingConfig(max_train_steps=2, learning_rate=1e-2, train_batch_size=2)
 
 
 @pytest.fixture
@@ -30,7 +34,13 @@ def folder(tmp_path):
 
 
 def image_of(pipe):
-    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    options = {
+        "height": IMAGE_SIZE,
+        "width": IMAGE_SIZE,
+        "num_inference_steps": 2,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "np",
+    }
     return pipe(PROMPT, **options).images[0]
 
 
@@ -42,7 +52,7 @@ def factors_of(pipe):
     return {name: p.detach().clone() for name, p in pipe.unet.named_parameters() if KronAModel.prefix in name}
 
 
-@PIPELINES
+@FAMILIES
 def test_a_trained_adapter_changes_images_and_does_so_again_after_saving_and_loading(build, folder, tmp_path):
     pipe = build()
     plain = image_of(pipe)
@@ -66,7 +76,7 @@ def test_the_adapter_is_the_one_asked_for(folder):
 
 def test_the_text_encoders_are_adapted_when_asked_for(folder):
     pipe = tiny_sd_pipeline()
-    train_dreambooth(pipe, folder, PROMPT, TrainingConfig(steps=1, text_encoders=True))
+    train_dreambooth(pipe, folder, PROMPT, TrainingConfig(max_train_steps=1, train_text_encoder=True))
     assert any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
 
 
@@ -88,12 +98,12 @@ def test_images_in_memory_are_as_good_as_a_folder(folder):
     assert runs[0] == runs[1]
 
 
-def test_captions_reach_the_text_encoder(folder):
+def test_each_caption_reaches_the_text_encoder_once(folder):
     (folder / "1.txt").write_text("a sks toy on sand")
     pipe, seen = tiny_sd_pipeline(), []
     pipe.text_encoder.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     train_dreambooth(pipe, folder, PROMPT, QUICK)
-    assert seen == [2]
+    assert seen == [1, 1]
 
 
 def test_ctrl_c_keeps_the_adapter_and_leaves_a_pipeline_that_works(folder):
@@ -105,7 +115,7 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_a_pipeline_that_works(folder):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_dreambooth(pipe, folder, PROMPT, TrainingConfig(steps=9, learning_rate=1e-2), on_step=stop)
+        train_dreambooth(pipe, folder, PROMPT, TrainingConfig(max_train_steps=9, learning_rate=1e-2), on_step=stop)
     assert adapted_layers(pipe)
     assert not any(part.training for part in pipe.unet.modules() if not isinstance(part, nn.ParameterDict))
     assert not np.array_equal(image_of(pipe), plain)
@@ -143,7 +153,7 @@ def test_an_error_in_the_callers_callback_takes_the_adapter_out(folder):
         ({"images": "nowhere"}, DatasetError),
         ({"prompt": ""}, DatasetError),
         ({"krona_config": KronAConfig(a1=3)}, FactorShapeError),
-        ({"config": TrainingConfig(resolution=30)}, TrainingConfigError),
+        ({"config": TrainingConfig(cache="disk")}, TrainingConfigError),
         ({"adapter_name": "taken"}, AdapterNameError),
     ],
 )
@@ -162,7 +172,7 @@ def test_something_that_is_no_pipeline_is_refused(folder):
         train_dreambooth(tiny_sd_pipeline().unet, folder, PROMPT)
 
 
-@PIPELINES
+@FAMILIES
 def test_the_resolution_is_the_pipelines_own_unless_given(build):
     assert training_resolution(build(), None) == IMAGE_SIZE
     assert training_resolution(build(), 64) == 64
@@ -178,5 +188,48 @@ def test_a_resolution_that_does_not_divide_names_its_neighbours():
 def test_training_works_at_another_resolution(folder):
     pipe, sizes = tiny_sd_pipeline(), set()
     pipe.unet.register_forward_pre_hook(lambda module, args: sizes.add(tuple(args[0].shape)))
-    train_dreambooth(pipe, folder, PROMPT, TrainingConfig(steps=1, resolution=48))
+    train_dreambooth(pipe, folder, PROMPT, TrainingConfig(max_train_steps=1), plan=ImagePlan(48))
     assert sizes == {(1, 4, 12, 12)}
+
+
+@pytest.mark.parametrize(("build", "pixels"), [(tiny_sd_pipeline, 4), (tiny_sdxl_pipeline, 4), (tiny_sd3_pipeline, 8)])
+def test_images_are_reduced_by_the_autoencoder_and_by_patches(build, pixels):
+    assert image_reduction(build()) == pixels
+    with pytest.raises(TrainingConfigError, match=rf"resolution 34 is not divisible by {pixels}"):
+        training_resolution(build(), 34)
+
+
+def test_prepared_images_are_taken_as_they_are():
+    pipe, prompts = tiny_sd_pipeline(), []
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda prompt, **options: prompts.extend(prompt) or encode(prompt=prompt, **options)
+    train_dreambooth(pipe, examples(2, ["a cup", "a toy"]), "ignored", QUICK, KronAConfig(**SMALL))
+    assert prompts == ["a cup", "a toy"]
+
+
+def test_images_of_the_class_are_learnt_beside_the_subject(folder):
+    runs = []
+    for others in ((), prepare_images(pictures(2), "a toy", PLAN)):
+        pipe = tiny_sd_pipeline()
+        train_dreambooth(pipe, folder, PROMPT, QUICK, KronAConfig(**SMALL), class_images=others)
+        runs.append(factors_of(pipe))
+    assert not same(*runs)
+
+
+def test_a_run_is_resumed_with_another_pipeline_and_gives_the_same_adapter(folder, tmp_path):
+    config = replace(QUICK, max_train_steps=4, checkpointing_steps=2)
+    runs = []
+
+    def stop(step):
+        if step.step == 3:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train_dreambooth(tiny_sd_pipeline(), folder, PROMPT, config, on_step=stop, folder=tmp_path / "run")
+    for options in ({"folder": tmp_path / "run", "resume": True}, {}):
+        torch.manual_seed(len(runs))
+        pipe = tiny_sd_pipeline()
+        runs.append((train_dreambooth(pipe, folder, PROMPT, config, **options), factors_of(pipe)))
+    assert [result.resumed_at for result, _ in runs] == [2, 0]
+    assert runs[0][0].losses == runs[1][0].losses
+    assert same(runs[0][1], runs[1][1])

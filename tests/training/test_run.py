@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusekrona import load_krona
 from diffusekrona.errors import KronAError
 from diffusekrona.injected import krona_layers
-from diffusekrona.training import CheckpointError, TrainingConfigError
-from diffusekrona.training.run import run
+from diffusekrona.training import CheckpointError, TrainingConfigError, TrainingStep
+from diffusekrona.training.run import image_plan, run
 from diffusekrona.training.settings import Settings, read_settings
-from tests.pipelines import tiny_sd_pipeline
+from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +182,54 @@ def test_a_place_that_cannot_be_written_to_is_an_error_before_anything_is_loaded
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(KronAError, match="output_dir"):
         run(settings(tmp_path / "nothing", tmp_path / output))
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_adapter(place: Path, tmp_path: Path) -> None:
+    def stop(done: TrainingStep) -> None:
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    chosen = {"checkpointing_steps": 2, "dropout": 0.1}
+    whole = run(settings(place, tmp_path / "whole", **chosen))
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(place, tmp_path / "parts", **chosen), stop)
+    assert not (tmp_path / "parts" / "unet").exists()
+    parts = run(settings(place, tmp_path / "parts", **chosen, resume=True))
+    assert parts.result.resumed_at == 2
+    assert same(factors(whole.saved[0]), factors(parts.saved[0]))
+
+
+def test_what_is_cached_on_disk_goes_to_the_runs_folder_and_is_used_again(place: Path, tmp_path: Path) -> None:
+    def files() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "toy" / "run" / "cache").iterdir()}
+
+    run(settings(place, tmp_path / "toy", cache="disk"))
+    before = files()
+    run(settings(place, tmp_path / "toy", cache="disk", seed=1))
+    assert len(before) == 3 + 1
+    assert files() == before
+
+
+def test_the_images_are_prepared_as_the_settings_say(place: Path, tmp_path: Path) -> None:
+    chosen = {"center_crop": False, "repeats": 3, "aspect_ratio_buckets": True, "on_bad_image": "skip", "seed": 5}
+    plan = image_plan(settings(place, tmp_path, **chosen), 64, 16)
+    assert {name: getattr(plan, name) for name in chosen} == chosen
+    assert (plan.resolution, plan.multiple) == (64, 16)
+
+
+def test_images_come_from_a_dataset_instead_of_a_folder(place: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"picture": [str(path) for path in sorted((place / "images").iterdir())]})
+    rows.cast_column("picture", datasets.Image()).save_to_disk(str(tmp_path / "dataset"))
+    chosen = {"instance_data_dir": None, "dataset_dir": tmp_path / "dataset", "image_column": "picture"}
+    of_dataset = run(settings(place, tmp_path / "one", **chosen))
+    of_folder = run(settings(place, tmp_path / "two"))
+    assert same(factors(of_dataset.saved[0]), factors(of_folder.saved[0]))
+
+
+def test_a_flow_with_patches_is_trained_on_images_of_several_sizes(place: Path, tmp_path: Path) -> None:
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+    chosen = {"pretrained_model_name_or_path": str(tmp_path / "base"), "aspect_ratio_buckets": True, "resolution": 40}
+    outcome = run(settings(place, tmp_path / "toy", **chosen))
+    assert (tmp_path / "toy" / "transformer" / "adapter_model.safetensors").is_file()
+    assert all(loss > 0 for loss in outcome.result.losses)

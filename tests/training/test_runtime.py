@@ -2,9 +2,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from torch import nn
 
 from diffusekrona.training import TrainingConfigError
-from diffusekrona.training.runtime import accelerator_for, seeded
+from diffusekrona.training.runtime import accelerator_for, checkpointed, modes_kept, seeded
+from tests.pipelines import tiny_sd_pipeline
 
 
 @pytest.fixture
@@ -56,8 +58,33 @@ def test_the_random_state_is_given_back_after_an_error():
 
 def test_a_seed_decides_what_is_drawn():
     def draw(seed):
-        with seeded(seed, torch.device("cpu")) as generator:
-            return torch.cat([torch.rand(2), torch.rand(2, generator=generator)])
+        with seeded(seed, torch.device("cpu")):
+            return torch.rand(2)
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
+
+
+def test_modes_are_given_back_part_by_part_after_an_error():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Dropout(), nn.Linear(1, 1)))
+    model[1].eval()
+    model[1][0].train()
+    before = [part.training for part in model.modules()]
+
+    def fail():
+        with modes_kept([model]):
+            model.eval()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [part.training for part in model.modules()] == before
+
+
+def test_activations_are_recomputed_within_and_a_model_that_did_so_already_goes_on():
+    pipe = tiny_sd_pipeline()
+    pipe.unet.enable_gradient_checkpointing()
+    models = [pipe.unet, pipe.text_encoder]
+    with checkpointed(models):
+        assert [model.is_gradient_checkpointing for model in models] == [True, True]
+    assert [model.is_gradient_checkpointing for model in models] == [True, False]

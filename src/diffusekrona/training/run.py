@@ -17,7 +17,7 @@ from ..pipeline import save_krona
 from ..report import KronAReport, krona_report
 from .checkpoints import Checkpoints
 from .data import ImagePlan, TrainingImage, load_dataset, load_folder
-from .dreambooth import train_dreambooth, training_resolution
+from .dreambooth import image_reduction, train_dreambooth, training_resolution
 from .loop import TrainingResult, TrainingStep
 from .prior import draw_class_images
 from .settings import Settings, settings_text
@@ -57,7 +57,7 @@ def run(
     make_room_for(output.output_dir)
     pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, data.dtype))
     pipe.set_progress_bar_config(disable=True)
-    plan = image_plan(settings, training_resolution(pipe, data.resolution), pipe.vae_scale_factor)
+    plan = image_plan(settings, training_resolution(pipe, data.resolution), image_reduction(pipe))
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
     writes = PartialState().is_main_process

@@ -241,6 +241,8 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         raise TrainingConfigError(f"{name} must be a whole number, not {value!r}.")
     elif kind is str and not isinstance(value, str):
         raise TrainingConfigError(f"{name} must be a text, not {value!r}.")
+    elif get_origin(kind) is list and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise TrainingConfigError(f"{name} must be a text or a list of texts, not {value!r}.")
     try:
         if kind is float and not isinstance(value, bool):
             return float(value)

@@ -1,0 +1,106 @@
+import re
+from dataclasses import fields
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from diffusekrona.cli import app
+from diffusekrona.errors import KronAError
+from diffusekrona.options import factor_pattern, with_settings
+from diffusekrona.training.settings import GROUPS, SHORTER, help_texts
+
+ALL = [one for group in GROUPS.values() for one in fields(group)]
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def given_to(*arguments):
+    """What a command gets of some flags."""
+    found = {}
+    program = typer.Typer()
+
+    @program.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+    @with_settings
+    def command(**values):
+        """Nothing."""
+        found.update(values)
+
+    result = CliRunner().invoke(program, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return found
+
+
+def help_of_training():
+    """The text of `train --help` without frames and line breaks."""
+    text = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["train", "--help"]).stdout
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def test_each_setting_has_a_flag_and_each_flag_its_text():
+    text = help_of_training()
+    for group in GROUPS.values():
+        for name, said in help_texts(group).items():
+            assert re.search(rf"{flag(name)}[ ,]", text)
+            assert " ".join(said.split()[:3]) in text
+    for heading in GROUPS:
+        assert heading in text
+
+
+def test_each_flag_of_training_has_a_help_text():
+    command = typer.main.get_command(app).commands["train"]
+    flags = [parameter for parameter in command.params if parameter.name != "help"]
+    assert {parameter.name for parameter in flags} == {one.name for one in ALL} | {"config", "plan"}
+    assert all(parameter.help and parameter.help.endswith(".") for parameter in flags)
+
+
+def test_only_what_is_given_is_passed_on_even_if_it_is_the_default():
+    assert given_to() == {}
+    assert given_to("--a1", 4, "--center-crop") == {"a1": 4, "center_crop": True}
+    assert given_to("--a1", 2, "--no-center-crop") == {"a1": 2, "center_crop": False}
+
+
+def test_each_type_of_setting_can_be_given():
+    found = given_to(
+        "--max-train-steps", 3, "--learning-rate", "1e-4", "--random-flip", "--optimizer", "prodigy",
+        "--instance-prompt", "a toy", "--lr-scheduler", "constant_with_warmup",
+        "--factors", "to_k=2,8", "--factors", "a=b=4,4",
+    )  # fmt: skip
+    assert found == {
+        "max_train_steps": 3,
+        "learning_rate": 1e-4,
+        "random_flip": True,
+        "optimizer": "prodigy",
+        "instance_prompt": "a toy",
+        "lr_scheduler": "constant_with_warmup",
+        "factors": {"to_k": (2, 8), "a=b": (4, 4)},
+    }
+
+
+@pytest.mark.parametrize(("short", "name"), SHORTER.items())
+def test_some_flags_have_a_shorter_name(short, name):
+    long = given_to(flag(name), "something")
+    assert given_to(flag(short), "something") == long
+    assert str(long[name]) == "something"
+
+
+@pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "seed"])
+def test_flags_may_be_written_with_underscores_as_in_diffusers_scripts(name):
+    assert given_to(f"--{name}", 7) == given_to(flag(name), 7) == {name: 7}
+
+
+@given(
+    st.text(min_size=1).map(str.strip).filter(lambda text: text and "\n" not in text), st.integers(1), st.integers(1)
+)
+def test_factors_are_read_whatever_the_expression_holds(expression, a1, a2):
+    assert factor_pattern([f"{expression}={a1}, {a2} "]) == {expression: (a1, a2)}
+
+
+@pytest.mark.parametrize("text", ["to_k", "to_k=4", "=4,8", "to_k=4,8,", "to_k=a,b", "to_k=-4,8"])
+def test_other_factors_are_refused_with_an_example(text):
+    with pytest.raises(KronAError, match="--factors takes REGEX=A1,A2, such as"):
+        factor_pattern([text])

@@ -1,0 +1,115 @@
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusekrona.training import TrainingConfig
+from diffusekrona.training.batches import Batches, text_encoders
+from diffusekrona.training.families import family_of
+from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.training.runs import FAMILIES, examples
+
+CONFIG = TrainingConfig(train_batch_size=3)
+PIPE = tiny_sd_pipeline()
+
+
+def place(process=0, processes=1):
+    """Where a process stands among others."""
+    return SimpleNamespace(
+        device=torch.device("cpu"), process_index=process, num_processes=processes, autocast=nullcontext
+    )
+
+
+def batches(config=CONFIG, pipe=PIPE, images=None, where=None, name="subject"):
+    return Batches(name, pipe, family_of(pipe), images or examples(5), config, where or place())
+
+
+def heard(pipe, source, numbers):
+    """Noisy latents and timesteps that the UNet hears in some batches."""
+    noisy, times = [], []
+
+    def listen(module, args):
+        noisy.append(args[0].detach())
+        times.append(args[1])
+
+    hook = pipe.unet.register_forward_pre_hook(listen)
+    with torch.no_grad():
+        for number in numbers:
+            source.loss(number)
+    hook.remove()
+    return torch.cat(noisy), torch.cat(times)
+
+
+@FAMILIES
+def test_the_loss_is_one_number_with_gradients_and_the_same_each_time(build):
+    pipe = build()
+    source = batches(pipe=pipe)
+    losses = [source.loss(number) for number in (0, 1, 0)]
+    assert losses[0].shape == ()
+    assert losses[0].dtype == torch.float32
+    assert losses[0] == losses[2] != losses[1]
+    losses[0].backward()
+    assert any(parameter.grad is not None for parameter in family_of(pipe).denoiser.parameters())
+
+
+def test_the_loss_is_the_mean_of_the_images_whatever_batch_they_are_in():
+    """Three batches of two hold what two of three do, with the same noise, so their means have the same mean."""
+    with torch.no_grad():
+        twos = [batches(replace(CONFIG, train_batch_size=2)).loss(number) for number in range(3)]
+        threes = [batches(replace(CONFIG, train_batch_size=3)).loss(number) for number in range(2)]
+    torch.testing.assert_close(sum(twos) / 3, sum(threes) / 2, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
+def test_processes_share_the_batches_of_one_with_as_many_images(size, processes, number):
+    whole = batches(replace(CONFIG, train_batch_size=size * processes)).sources(number)
+    config = replace(CONFIG, train_batch_size=size)
+    shares = [batches(config, where=place(process, processes)).sources(number) for process in range(processes)]
+    assert [source for share in shares for source in share] == whole
+    assert {len(share) for share in shares} == {size}
+
+
+def test_without_an_offset_the_noise_has_no_common_part_and_with_one_it_has():
+    spreads = {}
+    for offset in (0.0, 2.0):
+        pipe = tiny_sd_pipeline()
+        noisy, times = heard(pipe, batches(replace(CONFIG, noise_offset=offset), pipe), range(60))
+        late = times > 500
+        alphas = pipe.scheduler.alphas_cumprod[times[late]].view(-1, 1)
+        # Of 64 independent numbers the mean varies by an eighth, and the latents' own is small by now.
+        spreads[offset] = float((noisy[late].mean(dim=(2, 3)) / (1 - alphas).sqrt()).std())
+    assert spreads[0.0] < 0.5
+    assert spreads[2.0] == pytest.approx(2.0, rel=0.25)
+
+
+def test_seeds_and_names_give_noise_of_their_own():
+    pipe = tiny_sd_pipeline()
+    first, _ = heard(pipe, batches(pipe=pipe), [0])
+    for other in (batches(replace(CONFIG, seed=1), pipe), batches(pipe=pipe, name="class")):
+        assert not torch.equal(heard(pipe, other, [0])[0], first)
+
+
+def test_marks_tell_images_prompts_and_their_order_apart():
+    some = examples(3)
+    others = [
+        some[::-1],
+        some[:2],
+        examples(3, "a cup"),
+        examples(3, seed=1),
+        [replace(image, crop_top_left=(0, 1)) for image in some],
+    ]
+    marks = [batches(images=images).marks for images in [some, *others]]
+    assert len(set(marks)) == len(marks)
+    assert batches(images=[replace(image, source="elsewhere") for image in some]).marks == marks[0]
+
+
+@pytest.mark.parametrize(("build", "count"), [(tiny_sd_pipeline, 1), (tiny_sdxl_pipeline, 2), (tiny_sd3_pipeline, 3)])
+def test_the_text_encoders_of_a_pipeline_are_found(build, count):
+    pipe = build()
+    names = ["text_encoder", "text_encoder_2", "text_encoder_3"][:count]
+    assert text_encoders(pipe) == [getattr(pipe, name) for name in names]

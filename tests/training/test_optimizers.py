@@ -1,0 +1,118 @@
+import json
+import sys
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from diffusekrona.formats.files import read_safetensors, safetensors_bytes
+from diffusekrona.training import TrainingConfig, TrainingConfigError
+from diffusekrona.training.config import Optimizer
+from diffusekrona.training.optimizers import optimizer_of, optimizer_state, restore_optimizer
+from tests.training.runs import need
+
+OPTIMIZERS = pytest.mark.parametrize("name", get_args(Optimizer))
+CONFIG = TrainingConfig(learning_rate=0.1, adam_weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
+
+
+def parameters():
+    """One that 8-bit optimizers quantize and one that is too small for that."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"unet.large": (80, 64), "text_encoder.small": (3,)}
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def step(optimizer, found, number):
+    generator = torch.Generator().manual_seed(number)
+    for parameter in found.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def made(name, found, **more):
+    need(name)
+    return optimizer_of(found, TrainingConfig(optimizer=name, **more))
+
+
+@OPTIMIZERS
+def test_its_state_goes_through_a_file_and_it_continues_bit_for_bit(name, tmp_path):
+    found = parameters()
+    optimizer = made(name, found)
+    for number in range(3):
+        step(optimizer, found, number)
+    tensors, values = optimizer_state(optimizer)
+    (tmp_path / "state.safetensors").write_bytes(safetensors_bytes(tensors, {"values": json.dumps(values)}))
+    tensors, metadata = read_safetensors(tmp_path / "state.safetensors")
+
+    again = {key: nn.Parameter(parameter.detach().clone()) for key, parameter in found.items()}
+    other = made(name, again)
+    restore_optimizer(other, tensors, json.loads(metadata["values"]))
+    for number in range(3, 6):
+        step(optimizer, found, number)
+        step(other, again, number)
+    assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+def test_adamw_is_the_formula():
+    found = parameters()
+    started = {key: parameter.detach().double() for key, parameter in found.items()}
+    optimizer = optimizer_of(found, CONFIG)
+    sums = {key: (torch.zeros_like(one), torch.zeros_like(one)) for key, one in started.items()}
+    for number in range(4):
+        step(optimizer, found, number)
+        for key, parameter in found.items():
+            gradient, (first, second) = parameter.grad.double(), sums[key]
+            first = 0.8 * first + 0.2 * gradient
+            second = 0.95 * second + 0.05 * gradient**2
+            sums[key] = first, second
+            unbiased = first / (1 - 0.8 ** (number + 1)), second / (1 - 0.95 ** (number + 1))
+            started[key] = (1 - 0.1 * 0.2) * started[key] - 0.1 * unbiased[0] / (unbiased[1].sqrt() + 1e-3)
+    for key, parameter in found.items():
+        torch.testing.assert_close(parameter.double(), started[key], rtol=1e-4, atol=1e-5)
+
+
+def test_eight_bits_come_near_to_thirty_two():
+    need("adamw8bit")
+    ends = {}
+    for name in ("adamw", "adamw8bit"):
+        found = parameters()
+        optimizer = made(name, found, learning_rate=0.01)
+        for number in range(5):
+            step(optimizer, found, number)
+        ends[name] = found
+    moved = [ends[name]["unet.large"] - parameters()["unet.large"] for name in ("adamw", "adamw8bit")]
+    assert (moved[0] - moved[1]).norm() < 0.2 * moved[0].norm()
+    tensors, _ = optimizer_state(optimizer)
+    assert torch.uint8 in {tensor.dtype for tensor in tensors.values()}
+
+
+def test_text_encoders_have_a_learning_rate_of_their_own():
+    config = TrainingConfig(learning_rate=1e-2, text_encoder_lr=1e-3, train_text_encoder=True)
+    found = parameters()
+    groups = optimizer_of(found, config).param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert {key: rates[id(parameter)] for key, parameter in found.items()} == {
+        "unet.large": 1e-2,
+        "text_encoder.small": 1e-3,
+    }
+
+
+def test_without_text_encoders_there_is_one_group_and_without_a_rate_of_their_own_they_have_the_common_one():
+    assert len(optimizer_of({"unet.large": parameters()["unet.large"]}, CONFIG).param_groups) == 1
+    assert {group["lr"] for group in optimizer_of(parameters(), CONFIG).param_groups} == {0.1}
+
+
+def test_prodigy_finds_one_learning_rate_and_refuses_two():
+    need("prodigy")
+    config = TrainingConfig(optimizer="prodigy", learning_rate=1.0, text_encoder_lr=0.5, train_text_encoder=True)
+    with pytest.raises(TrainingConfigError, match="leave text_encoder_lr out"):
+        optimizer_of(parameters(), config)
+
+
+@pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_a_missing_package_is_named_with_how_to_install_it(name, package, monkeypatch):
+    for module in (package, f"{package}.optim.adamw"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(TrainingConfigError, match=f"'{name}' needs {package}: pip install {package}"):
+        optimizer_of(parameters(), TrainingConfig(optimizer=name))
