@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusekrona import load_krona, merge_file, unload_krona
-from diffusekrona.interchange.conversion import Target, convert
 from diffusekrona.generation import generate_images
+from diffusekrona.interchange.conversion import Target, convert
 from diffusekrona.interchange.inspection import inspect_file
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
