@@ -35,9 +35,7 @@ def main() -> None:
     for parameter in parameters.values():
         parameter.data = parameter.data.half()  # half the file, and more than enough digits
     pipe.unet.save_lora_adapter(OUTPUT)
-    print(
-        f"{sum(p.numel() for p in parameters.values()):,} parameters, loss {result.final_loss:.4f}, {OUTPUT.name} written"
-    )
+    print(f"{result.parameters:,} parameters, loss {result.final_loss:.4f}, {OUTPUT.name} written")
 
 
 if __name__ == "__main__":
