@@ -308,9 +308,10 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_factors(tmp_path):
             kill_within_a_save(process, tmp_path)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert len(unfinished(tmp_path)) >= 3
+        assert kills % 2 or unfinished(tmp_path)
     assert 0 < newest(tmp_path) < ENDLESS.max_train_steps
     process = started(train_to_the_end, tmp_path)
     process.join()
     assert process.exitcode == 0
+    assert not unfinished(tmp_path)
     assert same(load_file(tmp_path / "factors.safetensors"), trained(ENDLESS, dropout=0.2)[0])

@@ -132,7 +132,15 @@ def test_class_images_that_are_there_count(place: Path, tmp_path: Path) -> None:
     prior = {"with_prior_preservation": True, "class_prompt": "a toy", "class_data_dir": tmp_path / "class"}
     for _ in range(2):
         run(
-            settings(place, tmp_path / "toy", **prior, num_class_images=4, sample_batch_size=2, max_train_steps=1),
+            settings(
+                place,
+                tmp_path / "toy",
+                **prior,
+                num_class_images=4,
+                sample_batch_size=2,
+                max_train_steps=1,
+                overwrite=True,
+            ),
             on_class_image=lambda done, count: drawn.append((done, count)),
         )
     assert drawn == [(3, 4), (4, 4)]
@@ -158,6 +166,23 @@ def test_what_cannot_be_is_said_before_training(
     with pytest.raises(TrainingConfigError, match=message):
         run(settings(place, tmp_path / "toy", **values))
     assert not (tmp_path / "toy" / "unet").exists()
+
+
+def test_a_run_is_not_replaced_by_accident(place: Path, tmp_path: Path) -> None:
+    first = run(settings(place, tmp_path / "toy"))
+    with pytest.raises(CheckpointError, match="up to step-00000004: go on from there"):
+        run(settings(place, tmp_path / "toy", max_train_steps=2))
+    second = run(settings(place, tmp_path / "toy", max_train_steps=2, overwrite=True))
+    assert second.result.losses == first.result.losses[:2]
+    assert [path.stem for path in (tmp_path / "toy" / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("change", [{"alpha": 0.5}, {"dropout": 0.1}, {"factors": {"to_k": (8, 4)}}], ids=str)
+def test_a_run_is_not_resumed_with_another_adapter(place: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    given = {"factors": {"to_k": (4, 8)}}
+    run(settings(place, tmp_path / "toy", **given))
+    with pytest.raises(CheckpointError, match="the adapter's"):
+        run(settings(place, tmp_path / "toy", **{**given, **change}, resume=True))
 
 
 def test_another_run_is_not_resumed(place: Path, tmp_path: Path) -> None:
@@ -205,7 +230,7 @@ def test_what_is_cached_on_disk_goes_to_the_runs_folder_and_is_used_again(place:
 
     run(settings(place, tmp_path / "toy", cache="disk"))
     before = files()
-    run(settings(place, tmp_path / "toy", cache="disk", seed=1))
+    run(settings(place, tmp_path / "toy", cache="disk", seed=1, overwrite=True))
     assert len(before) == 3 + 1
     assert files() == before
 

@@ -67,7 +67,17 @@ class Checkpoints:
         # Later ones are damaged and were passed over, or are of a run that was begun anew.
         for other in {*files} - {*ours[-self._limit :]}:
             other.unlink(missing_ok=True)
+        for leftover in self.folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         return path
+
+    def check_free(self) -> None:
+        """Raise `CheckpointError` if there are checkpoints, which a run that begins anew would replace."""
+        if files := self._files():
+            raise CheckpointError(
+                f"{self.folder} has checkpoints of an earlier run, up to {files[-1].stem}: go on from there (resume), "
+                "begin anew in their place (overwrite), or choose another folder."
+            )
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; a damaged one is passed over with a warning. None if there is none."""

@@ -60,13 +60,12 @@ def train_dreambooth(
         CheckpointError: one cannot be written, or belongs to another run.
         KronAError: the adapter cannot be injected.
     """
-    config = config or TrainingConfig()
+    config, krona_config = config or TrainingConfig(), krona_config or KronAConfig()
+    about = {f"the adapter's {name}": value for name, value in krona_config.to_dict().items()}
     family_of(pipe)
     examples = _examples(images, prompt, plan or ImagePlan(training_resolution(pipe, None)))
     with seeded(config.seed, torch.device("cpu")):
-        krona = inject_krona(
-            pipe, krona_config or KronAConfig(), adapter_name=adapter_name, text_encoders=config.train_text_encoder
-        )
+        krona = inject_krona(pipe, krona_config, adapter_name=adapter_name, text_encoders=config.train_text_encoder)
     try:
         return fit(
             pipe,
@@ -77,6 +76,7 @@ def train_dreambooth(
             class_images=class_images,
             folder=folder,
             resume=resume,
+            about=about,
         )
     except KeyboardInterrupt:
         raise

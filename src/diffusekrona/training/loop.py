@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import signal
 import threading
@@ -28,11 +30,16 @@ from .families import family_of
 from .optimizers import optimizer_of, optimizer_state, restore_optimizer
 from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept
 
+_log = logging.getLogger(__name__)
+
 MAY_DIFFER = (
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "cache", "gradient_checkpointing",
     "on_non_finite",
 )  # fmt: skip
 """Settings that a run may change when it goes on from a checkpoint."""
+
+STEADY = ("constant", "constant_with_warmup")
+"""Schedules that do not depend on how many steps there will be."""
 
 MOST_SKIPPED = 100
 """Steps in a row that are skipped before a run that skips them stops after all."""
@@ -105,6 +112,7 @@ def fit(
     class_images: Sequence[TrainingImage] = (),
     folder: Path | None = None,
     resume: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train parameters of a pipeline's denoiser, and of its text encoders if `config.train_text_encoder`.
 
@@ -122,7 +130,8 @@ def fit(
         on_step: called after every optimizer step, in every process; what it raises ends the run.
         class_images: of other subjects of the class, which the model shall draw as before (prior preservation).
         folder: for checkpoints and what is cached on disk; without it, there are no checkpoints.
-        resume: go on from the newest checkpoint in the folder, if there is one.
+        resume: go on from the newest checkpoint in the folder, if there is one; otherwise those there are replaced.
+        about: what else tells this run from others, values for JSON; a checkpoint of another is not gone on from.
 
     Raises:
         UnsupportedPipelineError: the pipeline is of another kind.
@@ -155,7 +164,7 @@ def fit(
         ]
         if config.gradient_checkpointing:
             borrowed.enter_context(checkpointed(trained))
-        run = _Run(sources, parameters, accelerator, config, folder)
+        run = _Run(sources, parameters, accelerator, config, folder, about or {})
         if resume:
             run.resume()
         run.finish(on_step)
@@ -174,7 +183,10 @@ class _Run:
         accelerator: Accelerator,
         config: TrainingConfig,
         folder: Path | None,
+        about: Mapping[str, Any],
     ) -> None:
+        self._about: dict[str, Any] = json.loads(json.dumps(about, default=sorted))  # as a file has it; sets are sorted
+        self._newest_file: Path | None = None
         self._sources, self._parameters, self._accelerator, self._config = sources, parameters, accelerator, config
         self._checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit) if folder else None
         optimizer = optimizer_of(parameters, config)
@@ -213,7 +225,7 @@ class _Run:
                 if on_step is not None:
                     on_step(self._report(rate, images))
                 if stop and len(self.losses) < self._config.max_train_steps:
-                    raise TrainingInterrupted(len(self.losses), self._newest_file())
+                    raise TrainingInterrupted(len(self.losses), self._newest_file)
         self._check_finite()
         if self._ema is not None:
             self._ema.copy_to(self._parameters.values())
@@ -290,7 +302,7 @@ class _Run:
     def _save(self) -> None:
         if self._checkpoints is not None:
             if self._accelerator.is_main_process:
-                self._checkpoints.save(len(self.losses), *self._state())
+                self._newest_file = self._checkpoints.save(len(self.losses), *self._state())
             self._accelerator.wait_for_everyone()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -300,7 +312,7 @@ class _Run:
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         state = {
             "step": len(self.losses),
-            "config": asdict(self._config),
+            "config": {**self._about, **asdict(self._config)},
             "images": [source.marks for source, _ in self._sources],
             "processes": self._accelerator.num_processes,
             "optimizer": values,
@@ -336,11 +348,16 @@ class _Run:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(found.values["scaler"])
         self.losses = found.tensors["losses"].tolist()
-        self.started_at = found.step
+        self.started_at, self._newest_file = found.step, found.path
+        if (
+            self._config.lr_scheduler not in STEADY
+            and found.values["config"]["max_train_steps"] != self._config.max_train_steps
+        ):
+            _log.warning("max_train_steps is another than before, so the schedule of the learning rate is, too.")
 
     def _check_same(self, found: Checkpoint) -> None:
         """Raise `CheckpointError` unless a checkpoint is of this very run."""
-        now, then = asdict(self._config), found.values["config"]
+        now, then = {**self._about, **asdict(self._config)}, found.values["config"]
         problems = [
             f"{name} was {then.get(name)!r} and is {now[name]!r}"
             for name in now
@@ -366,10 +383,6 @@ class _Run:
                 "it was begun with, or start anew in another folder."
             )
 
-    def _newest_file(self) -> Path | None:
-        found = self._checkpoints.newest() if self._checkpoints is not None else None
-        return found.path if found is not None else None
-
     # What must not be
 
     def _not_finite(self, step: int, loss: float) -> None:
@@ -387,7 +400,7 @@ class _Run:
 
     def _diverged(self, what: str) -> TrainingDivergedError:
         wider = {"fp16": ' or mixed_precision "bf16"', "bf16": ' or mixed_precision "no"'}
-        newest = self._newest_file()
+        newest = self._newest_file
         return TrainingDivergedError(
             f"{what}. {f'The last good checkpoint is {newest}' if newest else 'Nothing was saved'}. "
             f"Try a learning rate below {self._config.learning_rate:g}{wider.get(self._config.mixed_precision, '')}, "

@@ -55,6 +55,8 @@ def run(
     """
     output, data = settings.output, settings.data
     make_room_for(output.output_dir)
+    if not output.resume and not output.overwrite:
+        _checkpoints(settings).check_free()
     pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, data.dtype))
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, data.resolution), image_reduction(pipe))

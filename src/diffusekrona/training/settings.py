@@ -133,6 +133,7 @@ class OutputSettings:
         output_dir: Where the adapter goes, a folder or a file that ends in .safetensors. Everything else goes into the
             folder `run` in it, or beside the file: checkpoints, pictures, TensorBoard's files, report.html.
         resume: Go on from the newest checkpoint there, if there is one.
+        overwrite: Begin anew where there are checkpoints of an earlier run, which are replaced.
         also: Another copy of the adapter: "lokr" for ComfyUI and its kin.
         validation_prompt: Draw this every so many steps; on the command line repeatable.
         validation_steps: How many.
@@ -144,6 +145,7 @@ class OutputSettings:
 
     output_dir: Path
     resume: bool = False
+    overwrite: bool = False
     also: Literal["lokr"] | None = None
     validation_prompt: list[str] = field(default_factory=list)
     validation_steps: int = 100
