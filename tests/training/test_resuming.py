@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -279,6 +280,7 @@ def kill_within_a_save(process, folder):
     while process.exitcode is None:
         if set(unfinished(folder)) - known:
             os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.05)  # until the signal has reached it
             if set(unfinished(folder)) - known:
                 break
             os.kill(process.pid, signal.SIGCONT)
