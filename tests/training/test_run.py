@@ -174,6 +174,7 @@ def test_a_run_is_not_replaced_by_accident(place: Path, tmp_path: Path) -> None:
         run(settings(place, tmp_path / "toy", max_train_steps=2))
     second = run(settings(place, tmp_path / "toy", max_train_steps=2, overwrite=True))
     assert second.result.losses == first.result.losses[:2]
+    assert not {"resume", "overwrite"} & read_settings(tmp_path / "toy" / "run" / "settings.yaml").keys()
     assert [path.stem for path in (tmp_path / "toy" / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 

@@ -273,8 +273,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def settings_text(settings: Settings) -> str:
-    """All settings as YAML."""
-    text: str = yaml.safe_dump(settings.flat(), sort_keys=False, allow_unicode=True)
+    """All settings as YAML, but for those that say what to do with an earlier run's checkpoints."""
+    values = {name: value for name, value in settings.flat().items() if name not in ("resume", "overwrite")}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
 
