@@ -12,6 +12,7 @@ from diffusekrona.training.settings import GROUPS, Settings, help_texts, read_se
 
 NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "images", "output_dir": "toy"}
 ALL = [one for group in GROUPS.values() for one in fields(group)]
+WRITTEN = [one.name for one in ALL if one.name not in ("resume", "overwrite")]
 
 
 def settings(**values):
@@ -66,7 +67,7 @@ def test_settings_written_as_yaml_are_read_as_the_same_settings(tmp_path, chosen
     found = settings(**chosen)
     path = written(tmp_path, "settings.yaml", settings_text(found))
     again = read_settings(path)
-    assert set(again) == {one.name for one in ALL} - {"resume", "overwrite"}
+    assert set(again) == set(WRITTEN)
     assert Settings.of(again) == found
     assert settings_text(Settings.of(again)) == settings_text(found)
 
@@ -175,7 +176,7 @@ def test_any_value_of_any_setting_is_taken_or_refused_by_a_helpful_error(name, v
         found = settings(**{name: value})
     except TrainingConfigError:
         return
-    assert yaml.safe_load(settings_text(found))[name] == found.flat()[name]
+    assert name not in WRITTEN or yaml.safe_load(settings_text(found))[name] == found.flat()[name]
 
 
 @pytest.mark.parametrize(
