@@ -53,7 +53,7 @@ class Checkpoints:
             CheckpointError: the disk is full or the folder not writable; the older ones are as they were.
         """
         text = json.dumps(values)
-        path = self.folder / f"step-{step:08d}.safetensors"
+        path = self.file(step)
         try:
             write_whole({path: safetensors_bytes(tensors, {"run": text, "sha256": digest(tensors, text)})})
         except OSError as error:
@@ -70,6 +70,10 @@ class Checkpoints:
         for leftover in self.folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         return path
+
+    def file(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step-{step:08d}.safetensors"
 
     def check_free(self) -> None:
         """Raise `CheckpointError` if there are checkpoints, which a run that begins anew would replace."""

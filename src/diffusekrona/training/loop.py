@@ -302,7 +302,8 @@ class _Run:
     def _save(self) -> None:
         if self._checkpoints is not None:
             if self._accelerator.is_main_process:
-                self._newest_file = self._checkpoints.save(len(self.losses), *self._state())
+                self._checkpoints.save(len(self.losses), *self._state())
+            self._newest_file = self._checkpoints.file(len(self.losses))
             self._accelerator.wait_for_everyone()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -419,7 +420,7 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, ask)
     try:
