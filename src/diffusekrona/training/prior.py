@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ..formats.files import write_whole
 from ..generation import generate_images
 from .data import IMAGE_SUFFIXES
+from .pictures import image_png
 
 
 def draw_class_images(
@@ -54,13 +54,7 @@ def draw_class_images(
         names = wanted[start : start + batch_size]
         seeds = [seed + int(name[6:11]) for name in names]
         images = generate_images(pipe, [prompt] * len(names), seeds, batch_size=batch_size)
-        write_whole({folder / name: _png(image) for name, image in zip(names, images, strict=True)})
+        write_whole({folder / name: image_png(image) for name, image in zip(names, images, strict=True)})
         if on_image is not None:
             on_image(present + start + len(names), count)
     return len(wanted)
-
-
-def _png(image: Any) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()

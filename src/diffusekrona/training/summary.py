@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from .pictures import figure_png
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -64,9 +65,7 @@ def loss_curve(losses: Sequence[float], window: int = 50) -> bytes:
     axes.plot(steps, means, color="#2b5797", linewidth=1.8, label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return figure_png(figure)
 
 
 def _mean(losses: Sequence[float]) -> float:

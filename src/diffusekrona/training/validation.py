@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..formats.files import write_whole
 from ..generation import generate_images
+from .pictures import figure_png, image_png
 from .runtime import modes_kept
 
 
@@ -46,7 +46,7 @@ class Validation:
         """Draw all prompts after a step, and the sheet anew."""
         modules = [part for part in self._pipe.components.values() if isinstance(part, nn.Module)]
         homes = [(module, next(module.parameters()).device) for module in modules]
-        device = next(device for _, device in homes if device.type != "cpu") if _elsewhere(homes) else homes[0][1]
+        device = next((device for _, device in homes if device.type != "cpu"), torch.device("cpu"))
         with modes_kept(modules):
             for module in modules:
                 module.eval()
@@ -56,7 +56,7 @@ class Validation:
             finally:
                 for module, home in homes:
                     module.to(home)
-        files = {self._file(step, number): _png(image) for number, image in enumerate(images)}
+        files = {self._file(step, number): image_png(image) for number, image in enumerate(images)}
         write_whole(files)
         write_whole({self.sheet: self._drawn_sheet()})
         return images
@@ -79,16 +79,4 @@ class Validation:
             row[0].set_ylabel(f"step {step}")
         for prompt, axes in zip(self._prompts, grid[0], strict=True):
             axes.set_title(prompt, fontsize=8, wrap=True)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=110)
-        return content.getvalue()
-
-
-def _elsewhere(homes: Sequence[tuple[nn.Module, torch.device]]) -> bool:
-    return any(device.type != "cpu" for _, device in homes)
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
+        return figure_png(figure)
