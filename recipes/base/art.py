@@ -114,18 +114,21 @@ class Renderer:
         """One picture in [0, 1], (3, 64, 64): the sprite at a random size and place on a flat `colour`."""
         size = int(rng.choice(self.sizes))
         top, left = (int(v) for v in rng.integers(0, PIXELS - size + 1, 2))
-        return self.paste(self.sprites[index, style, size], top, left, colour)
+        return paste(self.sprites[index, style, size], top, left, flat(colour))
 
-    @staticmethod
-    def paste(drawing: Floats, top: int, left: int, colour: Floats) -> Floats:
-        """Composite a premultiplied sprite over a flat colour: (3, 64, 64) in [0, 1]."""
-        size = drawing.shape[-1]
-        canvas = np.empty((3, PIXELS, PIXELS), np.float32)
-        canvas[:] = colour[:, None, None]
-        window = canvas[:, top : top + size, left : left + size]
-        window *= 1 - drawing[3:]
-        window += drawing[:3]
-        return canvas
+
+def flat(colour: Floats) -> Floats:
+    """A picture of one colour, (3, 64, 64) in [0, 1]."""
+    return np.broadcast_to(colour[:, None, None], (3, PIXELS, PIXELS)).copy()
+
+
+def paste(drawing: Floats, top: int, left: int, picture: Floats) -> Floats:
+    """Composite a premultiplied sprite over a picture, in place."""
+    size = drawing.shape[-1]
+    window = picture[:, top : top + size, left : left + size]
+    window *= 1 - drawing[3:]
+    window += drawing[:3]
+    return picture
 
 
 def background(name: str, rng: np.random.Generator, jitter: float = 6.0) -> Floats:
@@ -157,7 +160,7 @@ def toy_bear(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for number, (colour, size, top, left) in enumerate(views):
         drawing = sprite("fluent", TEDDY, size)
-        picture = Renderer.paste(drawing, top, left, background(colour, rng, jitter=0))
+        picture = paste(drawing, top, left, flat(background(colour, rng, jitter=0)))
         to_image(picture).save(folder / f"{number}-{colour}.png")
         caption = f"a sks toy on a {colour} background\n"
         (folder / f"{number}-{colour}.txt").write_text(caption, encoding="utf-8")

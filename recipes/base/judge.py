@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from diffusekrona.evaluation.judge import Judge
 
 from .art import COLOURS, PIXELS, Concept, concepts
-from .captions import caption
+from .scenes import Scene
 
 STEPS = 20
 GUIDANCE = 3.0  # best of 3, 4 and 6 on other questions (seed 12)
@@ -26,7 +26,7 @@ def questions(count: int, seed: int = 11) -> list[Question]:
 def prompts(asked: Sequence[Question]) -> list[str]:
     """The questions in words."""
     chosen: list[Concept] = concepts()
-    return [caption(chosen[thing].name, list(COLOURS)[colour]) for thing, colour in asked]
+    return [Scene(list(COLOURS)[colour]).caption(chosen[thing].name) for thing, colour in asked]
 
 
 def obedience(judge: Judge, pictures: Sequence[Image.Image], asked: Sequence[Question]) -> dict[str, float]:
