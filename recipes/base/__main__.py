@@ -9,7 +9,7 @@ from typing import Any
 from diffusekrona.evaluation.judge import Judge
 from diffusekrona.generation import generate_images
 
-from . import art, classifier, export, judge, unet, vae
+from . import art, classifier, export, judge, subjects, unet, vae
 from .training import load_checkpoint, note, pick_device
 
 RESULTS = art.HERE / "results.json"
@@ -19,7 +19,7 @@ SHEET = art.HERE / "contact-sheet.png"
 def make_art() -> None:
     """Fetch the drawings and write the pictures to personalise on."""
     art.fetch()
-    art.toy_bear(art.ROOT / "examples" / "toy-bear")
+    subjects.draw_all()
     note(f"art done: {len(art.concepts())} concepts, {len(art.every_image())} drawings in two styles")
 
 

@@ -7,7 +7,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffusekrona.evaluation.judge import Judge
 
-from .art import CACHE, COLOURS, PIXELS, ROOT, STYLES, Renderer, background, concepts, sprite, to_image
+from .art import CACHE, COLOURS, ROOT, STYLES, Renderer, background, concepts, to_image
+from .augmenting import Augmenter, bank_of
 from .judge import obedience
 from .training import Budget, fit, load_checkpoint, mixed, note, pick_device, save_checkpoint
 
@@ -15,7 +16,6 @@ BATCH = 96
 STEPS = 4000
 MINUTES = 3.5
 SCHEDULE = (3e-3, 0.0, 100)
-BANK_PIXELS = 48
 FOLDER = ROOT / "models" / "emoji-classifier"
 CHECKPOINT = CACHE / "classifier.pt"
 
@@ -38,58 +38,6 @@ def build() -> ResNetForImageClassification:
     return ResNetForImageClassification(config)
 
 
-class Augmenter:
-    """Draws batches with place, size, rotation, mirroring, colours and sharpness all varied."""
-
-    def __init__(self, device: torch.device, seed: int) -> None:
-        bank = [np.stack([sprite(s, c.image, BANK_PIXELS) for s in STYLES]) for c in concepts()]
-        self.bank = torch.from_numpy(np.stack(bank)).to(device)  # (concepts, styles, 4, 48, 48)
-        self.draw = torch.Generator().manual_seed(seed)
-        self.rng = np.random.default_rng(seed)
-        self.device = device
-
-    def between(self, low: float, high: float, *shape: int) -> torch.Tensor:
-        """Uniform random numbers."""
-        return low + (high - low) * torch.rand(shape, generator=self.draw)
-
-    def placed(self, drawings: torch.Tensor) -> torch.Tensor:
-        """Turn, mirror, resize and move premultiplied drawings on an empty (n, 4, 64, 64) canvas."""
-        count = len(drawings)
-        size = self.between(30, 58, count) / PIXELS  # share of the canvas
-        turn = self.between(-0.3, 0.3, count)  # radians
-        mirror = torch.where(torch.rand(count, generator=self.draw) < 0.5, -1.0, 1.0)
-        shift = self.between(-1, 1, count, 2) * (1 - size)[:, None]
-        rows = torch.stack([turn.cos() * mirror, -turn.sin() * mirror, turn.sin(), turn.cos()], -1)
-        matrix = rows.view(count, 2, 2) / size[:, None, None]
-        offset = -(matrix @ shift[..., None])
-        theta = torch.cat([matrix, offset], -1).to(self.device)
-        grid = F.affine_grid(theta, [count, 4, PIXELS, PIXELS], align_corners=False)
-        return F.grid_sample(drawings, grid, align_corners=False)
-
-    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures (n, 3, 64, 64) in [-1, 1], concept numbers (n), background numbers (n)."""
-        concept = torch.randint(len(self.bank), (count,), generator=self.draw)
-        style = torch.randint(len(STYLES), (count,), generator=self.draw)
-        colour = torch.randint(len(COLOURS), (count,), generator=self.draw)
-        names = list(COLOURS)
-        flat = np.stack([background(names[int(i)], self.rng, jitter=14) for i in colour])
-        drawn = self.placed(self.bank[concept.to(self.device), style.to(self.device)])
-        alpha = drawn[:, 3:]
-        tint = self.between(0.88, 1.12, count, 3, 1, 1) * self.between(0.85, 1.15, count, 1, 1, 1)
-        ink = torch.minimum(drawn[:, :3] * tint.to(self.device), alpha)
-        picture = ink + (1 - alpha) * torch.from_numpy(flat).to(self.device)[:, :, None, None]
-        grain = 0.02 * torch.randn(picture.shape, generator=self.draw).to(self.device)
-        picture = self.softened(picture) + grain
-        picture = (picture.clamp(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        return picture, concept.to(self.device), colour.to(self.device)
-
-    def softened(self, picture: torch.Tensor) -> torch.Tensor:
-        """Blend each picture with a blurred copy of itself, by a random share."""
-        blurred = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        share = self.between(0, 1, len(picture), 1, 1, 1).to(self.device)
-        return picture + share * (blurred - picture)
-
-
 def train() -> None:
     """Train to the budget, continuing from the last checkpoint; leaves the model folder in `models`."""
     device = pick_device()
@@ -101,10 +49,13 @@ def train() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         budget.restore(state["budget"])
-    augmenter, things = Augmenter(device, seed=budget.step), len(concepts())
+    things, drawings = len(concepts()), [(style, concept.image) for concept in concepts() for style in STYLES]
+    augmenter = Augmenter(bank_of(drawings), device, seed=budget.step)
 
     def one_step() -> torch.Tensor:
-        pictures, concept, colour = augmenter.batch(BATCH)
+        drawing, colour = augmenter.choose(len(drawings), BATCH), augmenter.choose(len(COLOURS), BATCH)
+        pictures = augmenter.draw(drawing, colour)
+        concept, colour = (drawing // len(STYLES)).to(device), colour.to(device)
         with mixed(device):
             logits = model(pictures).logits.float()
         return F.cross_entropy(logits[:, :things], concept) + F.cross_entropy(logits[:, things:], colour)

@@ -27,16 +27,16 @@ def learned_merges(phrases: list[str]) -> list[tuple[str, str]]:
     return [(str(a), str(b)) for a, b in json.loads(learner.to_str())["model"]["merges"]]
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer over all single bytes and the recipe's own words, so that any text can be written.
+def build_tokenizer(phrases: list[str], length: int = LENGTH) -> CLIPTokenizer:
+    """A CLIP tokenizer over all single bytes and the words of `phrases`, so that any text can be written.
 
     The end mark has the highest id and also pads, as in CLIP.
     """
-    merges = learned_merges(vocabulary_text(concepts()))
+    merges = learned_merges(phrases)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), BOS, EOS]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -81,6 +81,6 @@ class Text:
 
 def build() -> Text:
     """Fresh encoders over the recipe's tokenizer."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocabulary_text(concepts()))
     config = text_config(tokenizer)
     return Text(tokenizer, CLIPTextModel(config), CLIPTextModelWithProjection(config))
