@@ -23,3 +23,7 @@ class AdapterFileError(KronAError):
 
 class MergeError(KronAError):
     """A merge would give non-finite weights, or the weights to unmerge are not the ones that were merged."""
+
+
+class DatasetError(KronAError):
+    """Images, or the captions beside them, are missing, unreadable or unusable."""

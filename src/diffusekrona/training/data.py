@@ -12,16 +12,14 @@ from typing import Literal, get_args
 import torch
 from PIL import Image, ImageOps
 
+from ..captions import read_caption
+from ..errors import DatasetError
+from ..images import NO_IMAGE, UnreadableImageError, image_paths, read_image, upright_rgb
 from .buckets import Size, nearest, sizes_around
 from .checks import check_choice, check_flag, check_whole
 from .draws import generator_for
-from .errors import DatasetError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 OnBadImage = Literal["stop", "skip"]
-
-_NO_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises where it cannot read an image."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,13 +100,7 @@ def load_folder(folder: str | Path, prompt: str | None, plan: ImagePlan) -> list
     Raises:
         DatasetError: no such folder, no image in it, an image that cannot be read, or an empty or missing prompt.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DatasetError(f"There is no image folder {folder} (looked for {folder.absolute()}).")
-    paths = sorted(path for path in folder.iterdir() if _is_image(path))
-    if not paths:
-        raise DatasetError(f"No images in {folder}: it needs at least one {', '.join(IMAGE_SUFFIXES)} file.")
-    return _prepared([(str(path), partial(_read_with_caption, path, prompt)) for path in paths], plan)
+    return _prepared([(str(path), partial(_read_with_caption, path, prompt)) for path in image_paths(folder)], plan)
 
 
 def load_dataset(
@@ -145,11 +137,11 @@ def load_dataset(
         source = f"{folder}, row {number}"
         try:
             row = rows[number]
-        except _NO_IMAGE as error:
-            raise _Unreadable(_damaged(source, error)) from error
+        except NO_IMAGE as error:
+            raise UnreadableImageError(source, error) from error
         image, caption = row[image_column], prompt if prompt is not None else row[caption_column]
         if not isinstance(image, Image.Image):
-            raise _Unreadable(_damaged(source, f"column {image_column!r} holds no image"))
+            raise UnreadableImageError(source, f"column {image_column!r} holds no image")
         if not isinstance(caption, str):
             raise DatasetError(f"{source} has no prompt in column {caption_column!r}: write one, or give one for all.")
         return image, caption
@@ -184,7 +176,7 @@ def _prepared(
         try:
             image, prompt = read()
             found += [_prepare(image, prompt, source, plan, repeat) for repeat in range(plan.repeats)]
-        except _Unreadable as error:
+        except UnreadableImageError as error:
             if plan.on_bad_image == "stop":
                 raise
             bad += 1
@@ -194,18 +186,11 @@ def _prepared(
     return found
 
 
-class _Unreadable(DatasetError):
-    """One image is damaged; others may do."""
-
-
 def _prepare(image: Image.Image, prompt: str, source: str, plan: ImagePlan, repeat: int) -> TrainingImage:
     """Turn an image upright, lay it on white where it is transparent, resize it and cut a part of it."""
     if not prompt.strip():
         raise DatasetError('The prompt is empty. Name the subject by a rare word and its class, such as "a sks dog".')
-    try:
-        image = _rgb(ImageOps.exif_transpose(image))
-    except _NO_IMAGE as error:
-        raise _Unreadable(_damaged(source, error)) from error
+    image = upright_rgb(image, source)
     width, height = nearest(image.size, plan.sizes)
     scale = max(width / image.width, height / image.height)
     down, right = 0.5, 0.5
@@ -220,52 +205,8 @@ def _prepare(image: Image.Image, prompt: str, source: str, plan: ImagePlan, repe
     )
 
 
-def _is_image(path: Path) -> bool:
-    # macOS leaves "._name.jpg" files, which hold no image, on foreign disks.
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
 def _read_with_caption(path: Path, prompt: str | None) -> tuple[Image.Image, str]:
-    caption = _caption(path) or prompt
+    caption = read_caption(path) or prompt
     if caption is None:
         raise DatasetError(f"{path} has no prompt: give one for all images, or write {path.with_suffix('.txt').name}.")
-    return _read(path), caption
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except _NO_IMAGE as error:
-        raise _Unreadable(_damaged(str(path), error)) from error
-
-
-def _damaged(source: str, error: Exception | str) -> str:
-    return f"The image {source} cannot be read ({error}). Save it again as PNG or JPEG, or take it out."
-
-
-def _caption(image_path: Path) -> str | None:
-    path = image_path.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        caption = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"The caption {path} is not UTF-8 text. Save it as UTF-8.") from error
-    if not caption:
-        raise DatasetError(
-            f"The caption {path} is empty. "
-            f"Write the prompt of {image_path.name} in it, or delete it to use the common one."
-        )
-    return caption
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit greys to 255 instead of scaling them.
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return read_image(path), caption

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import DatasetError as DatasetError
 from ..errors import KronAError
-
-
-class DatasetError(KronAError):
-    """The training images or their captions are missing, unreadable or unusable."""
 
 
 class TrainingConfigError(KronAError):

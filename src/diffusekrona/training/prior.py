@@ -10,7 +10,7 @@ import torch
 
 from ..formats.files import write_whole
 from ..generation import generate_images
-from .data import IMAGE_SUFFIXES
+from ..images import IMAGE_SUFFIXES
 from .pictures import image_png
 
 

@@ -1,0 +1,78 @@
+"""Image files: which a folder holds, and their pixels, upright and in RGB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from .errors import DatasetError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+NO_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises where it cannot read an image."""
+
+
+class UnreadableImageError(DatasetError):
+    """One image is damaged; others may do."""
+
+    def __init__(self, source: object, reason: object) -> None:
+        super().__init__(f"The image {source} cannot be read ({reason}). Save it again as PNG or JPEG, or take it out.")
+
+
+def image_paths(folder: str | Path) -> list[Path]:
+    """The images of a folder (not of its subfolders), in the order of their names.
+
+    Raises:
+        DatasetError: no such folder, or no image in it.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DatasetError(f"There is no image folder {folder} (looked for {folder.absolute()}).")
+    paths = sorted(path for path in folder.iterdir() if is_image(path))
+    if not paths:
+        raise DatasetError(f"No images in {folder}: it needs at least one {', '.join(IMAGE_SUFFIXES)} file.")
+    return paths
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path is a file that is called like an image."""
+    # macOS leaves "._name.jpg" files, which hold no image, on foreign disks.
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_image(path: Path) -> Image.Image:
+    """The pixels as they are stored.
+
+    Raises:
+        UnreadableImageError: the file is damaged or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except NO_IMAGE as error:
+        raise UnreadableImageError(path, error) from error
+
+
+def upright_rgb(image: Image.Image, source: object = "in memory") -> Image.Image:
+    """An image as a viewer shows it: turned as its EXIF entry says, on white where it is transparent, in RGB.
+
+    Raises:
+        UnreadableImageError: its pixels cannot be decoded; `source` says which it is.
+    """
+    try:
+        return _rgb(ImageOps.exif_transpose(image))
+    except NO_IMAGE as error:
+        raise UnreadableImageError(source, error) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit greys to 255 instead of scaling them.
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
