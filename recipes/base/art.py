@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from diffusekrona.evaluation.scenes import COLOURS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = HERE / ".cache"
@@ -26,19 +28,6 @@ STYLES = ("google", "twitter")
 TEDDY = "1f9f8"  # in no training set at all; the other subjects are in the autoencoder's alone
 PIXELS = 64
 SIZES = (40, 44, 48, 52, 56)  # sprite edge in pixels
-COLOURS = {
-    "red": (215, 38, 38),
-    "orange": (255, 140, 15),
-    "yellow": (250, 222, 45),
-    "green": (40, 155, 65),
-    "blue": (40, 90, 220),
-    "purple": (125, 50, 175),
-    "pink": (250, 160, 200),
-    "brown": (115, 70, 35),
-    "gray": (130, 130, 130),
-    "black": (15, 15, 15),
-    "white": (250, 250, 250),
-}
 Floats = npt.NDArray[np.float32]
 
 

@@ -1,0 +1,1 @@
+"""How the two small encoders were trained that the studies on the small base are judged by."""

@@ -1,0 +1,1 @@
+"""The paper's experiments, to be run again."""

@@ -1,0 +1,61 @@
+"""Figures of studies: scores along an axis, or one beside another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .cells import Arm
+from .study import SCORES, Results
+
+COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666")
+
+
+def along(
+    arms: Sequence[Arm], results: Results, axis: str, scores: Sequence[str] = ("dino", "clip_t", "obeyed"), log: bool = True
+) -> Figure:
+    """Scores over the arms' `x`, a line for each series, with 95% intervals."""
+    shown = [what for what in scores if any(results.found(arm, what) for arm in arms)]
+    figure = Figure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, what in zip(panels, shown, strict=True):
+        for number, series in enumerate(dict.fromkeys(arm.series for arm in arms)):
+            line = sorted((arm for arm in arms if arm.series == series), key=lambda arm: arm.x or 0.0)
+            found = [(arm.x, results.estimate(arm, what)) for arm in line if results.found(arm, what)]
+            places = [x or 0.0 for x, _ in found]
+            colour = COLOURS[number % len(COLOURS)]
+            panel.plot(places, [value.mean for _, value in found], "o-", color=colour, label=series, markersize=3)
+            panel.fill_between(
+                places, [v.low for _, v in found], [v.high for _, v in found], color=colour, alpha=0.15, linewidth=0
+            )
+        panel.set(title=SCORES[what], xlabel=axis)
+        if log:
+            panel.set_xscale("log")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+def against(arms: Sequence[Arm], results: Results, x: str = "obeyed", y: str = "dino") -> Figure:
+    """Each arm as a point of two scores, with 95% intervals: up and to the right is better."""
+    figure = Figure(figsize=(6.0, 4.6), layout="constrained")
+    panel = figure.subplots()
+    for number, arm in enumerate(arms):
+        across, up = results.estimate(arm, x), results.estimate(arm, y)
+        panel.errorbar(
+            across.mean,
+            up.mean,
+            xerr=[[across.mean - across.low], [across.high - across.mean]],
+            yerr=[[up.mean - up.low], [up.high - up.mean]],
+            fmt="os^Dv<>ph*"[number % 10],
+            color=COLOURS[number % len(COLOURS)],
+            label=arm.label,
+            markersize=6,
+            elinewidth=0.8,
+        )
+    panel.set(xlabel=SCORES[x], ylabel=SCORES[y])
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
+    return figure

@@ -1,0 +1,162 @@
+"""Trains a model, draws its pictures and scores them, one after another on the same base."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..base import default_device, load_base
+from ..evaluation.encoders import Encoders
+from ..evaluation.metrics import drift, image_similarity, text_similarity
+from ..evaluation.scenes import obeyed, shares
+from ..generation import generate_images
+from ..methods import Method, method_from
+from ..training import TrainingDivergedError, TrainingStep
+from ..training.data import ImagePlan, TrainingImage, load_folder
+from ..training.dreambooth import training_resolution
+from ..training.families import family_of
+from ..training.loop import fit
+from ..training.runtime import seeded
+from ..training.drawing import ready_to_draw
+from .cells import Cell, View
+from .records import Record
+from .settings import StudySettings
+from .spectrum import linear_weights, summary, updates
+
+BASE = "base"
+"""In place of a method: the model as it is, which does not know the subject."""
+
+APART = 10_000
+"""How far the seeds of pictures without the subject are from those of pictures with it."""
+
+
+class Lab:
+    """One process's base and encoders.
+
+    Args:
+        settings: of all studies.
+
+    Raises:
+        KronAError: a model or a folder is missing.
+    """
+
+    def __init__(self, settings: StudySettings) -> None:
+        self._settings, self._device = settings, default_device()
+        self._pipe = load_base(settings.base, getattr(torch, settings.dtype))
+        self._pipe.set_progress_bar_config(disable=True)
+        self._encoders = Encoders(
+            settings.clip, settings.dino, device=self._device, batch_size=settings.generation_batch_size
+        )
+        self._weights: dict[str, Tensor] = {}
+        self._real: dict[str, tuple[Tensor, Tensor]] = {}
+        self._of_base: dict[tuple[float | None, int | None], Tensor] = {}
+
+    def measure(self, cells: Sequence[Cell]) -> list[Record]:
+        """Train one model and look at it as each of the cells asks; all of them are of the same model.
+
+        Raises:
+            KronAError: the method does not suit the base.
+        """
+        for cell in cells:
+            self._others_of_base(cell.view)
+        if cells[0].spec.method == BASE:
+            return [Record(cell, self._scores(cell)) for cell in cells]
+        if any(cell.view.spectrum for cell in cells) and not self._weights:
+            self._weights = linear_weights(family_of(self._pipe).denoiser)
+        method = method_from(cells[0].spec.method, **cells[0].spec.options)
+        with seeded(cells[0].seed, self._device):
+            parameters = method.prepare(self._pipe)
+        try:
+            return self._trained(cells, method, parameters)
+        finally:
+            method.remove(self._pipe)
+
+    def _trained(self, cells: Sequence[Cell], method: Method, parameters: Mapping[str, nn.Parameter]) -> list[Record]:
+        spec, seed = cells[0].spec, cells[0].seed
+        usual = self._settings.config(spec.training).max_train_steps
+        by_step: dict[int, list[Cell]] = {}
+        for cell in cells:
+            by_step.setdefault(cell.view.step or usual, []).append(cell)
+        config = self._settings.config({**spec.training, "max_train_steps": max(by_step), "seed": seed})
+        images = self._real_images(cells[0].subject, spec.images)
+        found: list[Record] = []
+        costs: dict[str, Any] = {"parameters": sum(p.numel() for p in parameters.values())}
+
+        def look(done: TrainingStep) -> None:
+            for cell in by_step.get(done.step, []):
+                costs.update(seconds_per_step=done.seconds / done.step, bytes=self._saved_bytes(method))
+                found.append(Record(cell, {**costs, "loss": done.average, **self._scores(cell)}))
+
+        try:
+            fit(self._pipe, images, parameters, config, on_step=look)
+        except TrainingDivergedError:
+            seen = {record.cell.key for record in found}
+            found += [Record(cell, {**costs, "diverged": True}) for cell in cells if cell.key not in seen]
+        return found
+
+    def _scores(self, cell: Cell) -> dict[str, Any]:
+        """Of the pipeline as it is now."""
+        settings, view = self._settings, cell.view
+        name, kind = settings.name_of(cell.subject), settings.subjects[cell.subject].kind
+        prompts = [prompt.format(name) for prompt in settings.prompts]
+        drawn = self._draw(prompts, settings.image_seed, view)
+        clip, dino = self._encoders.image_features(drawn)
+        real_clip, real_dino = self._real_features(cell.subject)
+        texts = self._encoders.text_features([prompt.format(kind) for prompt in settings.prompts])
+        others = self._encoders.dino_features(self._draw(settings.other_prompts, settings.image_seed + APART, view))
+        scores = {
+            "clip_i": image_similarity(clip, real_clip),
+            "clip_t": text_similarity(clip, texts),
+            "dino": image_similarity(dino, real_dino),
+            "drift": drift(others, self._others_of_base(view)),
+        }
+        found: dict[str, Any] = {what: score.mean for what, score in scores.items()}
+        found["dino_by_prompt"] = [round(value, 4) for value in scores["dino"].values]
+        if settings.scenes:
+            found |= shares([obeyed(image, prompt) for image, prompt in zip(drawn, prompts, strict=True)])
+        if view.spectrum:
+            found["spectrum"] = summary(updates(family_of(self._pipe).denoiser, self._weights))
+        return found
+
+    def _draw(self, prompts: Sequence[str], seed: int, view: View) -> list[Image.Image]:
+        settings = self._settings
+        with ready_to_draw(self._pipe, self._device):
+            return generate_images(
+                self._pipe,
+                prompts,
+                range(seed, seed + len(prompts)),
+                guidance_scale=settings.guidance_scale if view.guidance_scale is None else view.guidance_scale,
+                steps=view.inference_steps or settings.inference_steps,
+                batch_size=settings.generation_batch_size,
+            )
+
+    def _others_of_base(self, view: View) -> Tensor:
+        """DINO features of the base's own pictures without the subject; to be asked for first while it is the base."""
+        how = (view.guidance_scale, view.inference_steps)
+        if how not in self._of_base:
+            drawn = self._draw(self._settings.other_prompts, self._settings.image_seed + APART, view)
+            self._of_base[how] = self._encoders.dino_features(drawn)
+        return self._of_base[how]
+
+    def _real_images(self, subject: str, count: int | None) -> list[TrainingImage]:
+        settings = self._settings
+        plan = ImagePlan(training_resolution(self._pipe, settings.resolution))
+        prompt = f"a {settings.name_of(subject)}"
+        return load_folder(Path(settings.subjects[subject].images), prompt, plan)[:count]
+
+    def _real_features(self, subject: str) -> tuple[Tensor, Tensor]:
+        if subject not in self._real:
+            images = [image.image for image in self._real_images(subject, None)]
+            self._real[subject] = self._encoders.image_features(images)
+        return self._real[subject]
+
+    def _saved_bytes(self, method: Method) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            method.save(self._pipe, Path(folder) / "saved")
+            return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

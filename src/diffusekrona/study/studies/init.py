@@ -1,0 +1,53 @@
+"""How the factors start (Figure 14, Appendix D.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..cells import Arm, Spec
+from ..figures import against
+from ..study import Page, Results, Study, arms_table
+
+
+@dataclass(frozen=True)
+class Init(Study):
+    """Initialisations of A and B.
+
+    Args:
+        pairs: how A starts and how B starts.
+        learning_rate: of all of them.
+    """
+
+    subjects: int | None = 3
+    pairs: tuple[tuple[str, str], ...] = (
+        ("normal", "zeros"),
+        ("normal_sqrt", "zeros"),
+        ("kaiming_uniform", "zeros"),
+        ("xavier_uniform", "zeros"),
+        ("zeros", "normal"),
+        ("normal", "normal"),
+        ("kaiming_uniform", "kaiming_uniform"),
+        ("xavier_uniform", "xavier_uniform"),
+    )
+    learning_rate: float = 2e-3
+
+    name: ClassVar[str] = "init"
+    question: ClassVar[str] = (
+        "B = 0 with A normal or Kaiming uniform is best; both normal, or both Xavier uniform, worst (Figure 14)."
+    )
+
+    def arms(self) -> Sequence[Arm]:
+        """All pairs."""
+        return [
+            Arm(
+                f"A {a}, B {b}",
+                Spec("krona", {"a1": 4, "a2": 64, "init_a": a, "init_b": b}, {"learning_rate": self.learning_rate}),
+            )
+            for a, b in self.pairs
+        ]
+
+    def page(self, results: Results) -> Page:
+        """Scores of each pair."""
+        return Page(arms_table(self.arms(), results), {"init": against(self.arms(), results)})

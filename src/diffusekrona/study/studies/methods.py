@@ -1,0 +1,90 @@
+"""All methods at their best learning rates (Tables 3, 4 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..cells import Arm, Cell
+from ..figures import against
+from ..records import Records
+from ..settings import StudySettings
+from ..study import Page, Results, Study, arms_table, parameters, quality, spec_of
+
+
+@dataclass(frozen=True)
+class Methods(Study):
+    """Each method's learning rate is chosen from as many as any other's, on some subjects with a seed of its own.
+
+    Args:
+        methods: by label: the method's name, its options, and `rates`, the learning rates to choose from.
+        search_subjects: how many of the open subjects the choice is made on.
+        search_seeds: of the choice, apart from those of the comparison.
+    """
+
+    subjects: int | None = 6
+    seeds: tuple[int, ...] = (0, 1)
+    methods: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {
+            "KronA (4, 64)": {"method": "krona", "a1": 4, "a2": 64, "rates": ADAPTERS},
+            "KronA (8, 64)": {"method": "krona", "a1": 8, "a2": 64, "rates": ADAPTERS},
+            "LoRA r=4": {"method": "lora", "rank": 4, "rates": ADAPTERS},
+            "LoKr, factor 8": {"method": "lokr", "factor": 8, "rates": ADAPTERS},
+            "LoHa r=4": {"method": "loha", "rank": 4, "rates": ADAPTERS},
+            "SVDiff": {"method": "svdiff", "rates": ADAPTERS},
+            "Custom Diffusion": {"method": "custom-diffusion", "rates": WEIGHTS},
+            "DreamBooth": {"method": "dreambooth", "rates": WEIGHTS},
+        }
+    )
+    search_subjects: int = 2
+    search_seeds: tuple[int, ...] = (100,)
+
+    name: ClassVar[str] = "methods"
+    question: ClassVar[str] = (
+        "KronA keeps more of the subject and follows the text better than LoRA, LoKr, LoHa, SVDiff, Custom Diffusion "
+        "and DreamBooth, with the fewest parameters (Tables 3, 4 and 7)."
+    )
+
+    def arms(self) -> Sequence[Arm]:
+        """Every method at every learning rate."""
+        return [arm for label in self.methods for arm in self._line(label)]
+
+    def cells(self, settings: StudySettings, records: Records) -> list[Cell]:
+        """The search, and once that is done, each method at its best learning rate."""
+        search = self._search().plain_cells(settings, self.arms())
+        if any(cell not in records for cell in search):
+            return search
+        return [*search, *self.plain_cells(settings, self._best(Results(self._search(), settings, records)))]
+
+    def page(self, results: Results) -> Page:
+        """Scores, parameters, file sizes and costs at the best learning rates, and what was chosen from."""
+        search = results.of(self._search())
+        best = self._best(search)
+        more = {
+            "parameters": parameters(results),
+            "file": lambda arm: f"{results.estimate(arm, 'bytes').mean / 1000:,.0f} kB",
+            "ms a step": lambda arm: f"{1000 * results.estimate(arm, 'seconds_per_step').mean:.0f}",
+        }
+        chosen = ["| | learning rate: quality |", "|---|---|"]
+        for label in self.methods:
+            found = ", ".join(f"{arm.x:g}: {quality(search, arm):.3f}" for arm in self._line(label))
+            chosen.append(f"| {label} | {found} |")
+        text = "\n".join([arms_table(best, results, more), "", "The search:", "", *chosen])
+        return Page(text, {"methods": against(best, results)})
+
+    def _line(self, label: str) -> list[Arm]:
+        method = {name: value for name, value in self.methods[label].items() if name != "rates"}
+        rates = self.methods[label]["rates"]
+        return [Arm(label, spec_of(method, learning_rate=rate), series=label, x=rate) for rate in rates]
+
+    def _search(self) -> Methods:
+        return Methods(self.search_subjects, self.search_seeds, self.methods, self.search_subjects, self.search_seeds)
+
+    def _best(self, search: Results) -> list[Arm]:
+        return [max(self._line(label), key=lambda arm: quality(search, arm)) for label in self.methods]
+
+
+ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+"""Learning rates to choose from: for adapters, and for weights of the base itself."""

@@ -1,0 +1,90 @@
+"""How much the learning rate matters (Figures 4 and 16, Appendix D.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import pstdev
+from typing import Any, ClassVar
+
+from ..cells import Arm
+from ..figures import along
+from ..statistics import estimate
+from ..study import Page, Results, Study, arms_table, quality, spec_of
+
+KEPT = 0.9
+"""A learning rate is of use where its quality is at least this share of the method's best."""
+
+
+@dataclass(frozen=True)
+class Stability(Study):
+    """The same learning rates for every method.
+
+    Args:
+        learning_rates: in rising order.
+        methods: by label: the method's name and its options.
+    """
+
+    subjects: int | None = 6
+    seeds: tuple[int, ...] = (0, 1)
+    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+    methods: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {
+            "KronA (4, 64)": {"method": "krona", "a1": 4, "a2": 64},
+            "LoRA r=4": {"method": "lora", "rank": 4},
+            "LoRA r=1": {"method": "lora", "rank": 1},
+        }
+    )
+
+    name: ClassVar[str] = "stability"
+    question: ClassVar[str] = (
+        "KronA gives good pictures over a wider range of learning rates than LoRA (Figure 4, Figure 16, Appendix D.3)."
+    )
+
+    def arms(self) -> Sequence[Arm]:
+        """Every method at every learning rate."""
+        return [
+            Arm(f"{label}, {rate:g}", spec_of(method, learning_rate=rate), series=label, x=rate)
+            for label, method in self.methods.items()
+            for rate in self.learning_rates
+        ]
+
+    def page(self, results: Results) -> Page:
+        """Scores over learning rates, and how wide each method's useful range is."""
+        arms = self.arms()
+        lines = [
+            "| | learning rates of use | spread of DINO | spread of CLIP-T | best quality |",
+            "|---|---|---|---|---|",
+        ]
+        for label in self.methods:
+            line = [arm for arm in arms if arm.series == label]
+            means = {arm.x: quality(results, arm) for arm in line}
+            best = max(means.values())
+            used = [rate for rate, value in means.items() if value >= KEPT * best]
+            lines.append(
+                f"| {label} | {', '.join(f'{rate:g}' for rate in used)} | {_spread(results, line, 'dino')} | "
+                f"{_spread(results, line, 'clip_t')} | {best:.3f} |"
+            )
+        text = "\n".join(
+            [
+                f"A learning rate is of use where the quality is at least {KEPT:.0%} of the method's best; the quality is "
+                "the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where that is not "
+                "known). A spread is the standard deviation of a score over all learning rates, within a subject and "
+                "a seed.",
+                "",
+                *lines,
+                "",
+                arms_table(arms, results),
+            ]
+        )
+        return Page(text, {"stability": along(arms, results, "learning rate")})
+
+
+def _spread(results: Results, line: Sequence[Arm], what: str) -> str:
+    by_arm = [results.found(arm, what) for arm in line]
+    if len({tuple(len(group) for group in groups) for groups in by_arm}) > 1:
+        return "– (some diverged)"
+    spreads = [
+        [pstdev(values) for values in zip(*groups, strict=True)] for groups in zip(*by_arm, strict=True)
+    ]
+    return str(estimate(spreads))

@@ -1,0 +1,183 @@
+"""A study: which arms are compared on which subjects and seeds, and what is to be seen in the measurements."""
+
+from __future__ import annotations
+
+import difflib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from matplotlib.figure import Figure
+
+from .cells import Arm, Cell, Spec
+from .records import Records
+from .settings import StudySettings, StudySettingsError
+from .statistics import Estimate, estimate
+
+
+@dataclass(frozen=True)
+class Page:
+    """What comes of a study.
+
+    Attributes:
+        text: Markdown: the question, what was measured, tables.
+        figures: by file name, without suffix.
+    """
+
+    text: str
+    figures: Mapping[str, Figure]
+
+
+class Results:
+    """The records of a study's arms."""
+
+    def __init__(self, study: Study, settings: StudySettings, records: Records) -> None:
+        self._study, self._settings, self._records = study, settings, records
+
+    def of(self, study: Study) -> Results:
+        """The same records, of another study's subjects and seeds."""
+        return Results(study, self._settings, self._records)
+
+    def found(self, arm: Arm, what: str) -> list[list[float]]:
+        """One number of every cell of an arm, a list for each subject; cells that diverged have none."""
+        groups = []
+        for subject in self._study.subjects_in(self._settings):
+            cells = [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
+            records = [self._records[cell].found for cell in cells if cell in self._records]
+            values = [float(_deep(found, what)) for found in records if _deep(found, what) is not None]
+            groups.append(values)
+        return [group for group in groups if group]
+
+    def estimate(self, arm: Arm, what: str) -> Estimate:
+        """Mean and interval of one number."""
+        return estimate(self.found(arm, what))
+
+    def difference(self, arm: Arm, other: Arm, what: str) -> Estimate:
+        """Mean and interval of an arm's number minus another's of the same subject and seed."""
+        return estimate(
+            [
+                [one - two for one, two in zip(ones, twos, strict=True)]
+                for ones, twos in zip(self.found(arm, what), self.found(other, what), strict=True)
+                if len(ones) == len(twos)
+            ]
+        )
+
+    def diverged(self, arm: Arm) -> int:
+        """How many of an arm's models diverged."""
+        return sum(int(value) for group in self.found(arm, "diverged") for value in group)
+
+
+def _deep(found: Mapping[str, Any], what: str) -> Any:
+    """A number by its name, or within another by "spectrum.rank90"."""
+    value: Any = found
+    for part in what.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms on subjects with seeds.
+
+    Args:
+        subjects: how many of the open subjects, in their order; None is all.
+        seeds: of the trainings.
+    """
+
+    subjects: int | None = None
+    seeds: tuple[int, ...] = (0,)
+
+    name: ClassVar[str]
+    question: ClassVar[str]
+    """What the paper claims, and where."""
+
+    @abstractmethod
+    def arms(self) -> Sequence[Arm]:
+        """All that is compared."""
+
+    @abstractmethod
+    def page(self, results: Results) -> Page:
+        """What is to be seen."""
+
+    def subjects_in(self, settings: StudySettings) -> tuple[str, ...]:
+        """Names of the subjects."""
+        return settings.open_subjects[: self.subjects]
+
+    def cells(self, settings: StudySettings, records: Records) -> list[Cell]:
+        """All that is to be measured, as far as is known yet: seed by seed, so that a part of it is of use."""
+        return self.plain_cells(settings, self.arms())
+
+    def plain_cells(self, settings: StudySettings, arms: Sequence[Arm]) -> list[Cell]:
+        """Every arm on every subject with every seed."""
+        return [
+            Cell(arm.spec, arm.view, subject, seed)
+            for seed in self.seeds
+            for subject in self.subjects_in(settings)
+            for arm in arms
+        ]
+
+    def with_values(self, values: Mapping[str, Any]) -> Study:
+        """Itself with some fields replaced.
+
+        Raises:
+            StudySettingsError: there is no such field.
+        """
+        known = [one.name for one in fields(self)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise StudySettingsError(
+                    f"The study {self.name} has no {name!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else f". It has {', '.join(known)}.")
+                )
+        return replace(self, **{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
+
+
+SCORES: Mapping[str, str] = {
+    "dino": "DINO",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "obeyed": "as asked",
+    "drift": "drift",
+}
+"""What is shown of each arm, and its heading. "As asked" is known on the small base alone."""
+
+
+def arms_table(arms: Sequence[Arm], results: Results, more: Mapping[str, Callable[[Arm], str]] | None = None) -> str:
+    """A Markdown table: a row for each arm; means with intervals over subjects and seeds."""
+    shown = [what for what in SCORES if any(results.found(arm, what) for arm in arms)]
+    heads = ["", *(SCORES[what] for what in shown), *(more or {})]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for arm in arms:
+        row = [arm.label, *(str(results.estimate(arm, what)) for what in shown)]
+        if failures := results.diverged(arm):
+            row[0] += f" ({failures} diverged)"
+        lines.append(f"| {' | '.join([*row, *(of(arm) for of in (more or {}).values())])} |")
+    return "\n".join(lines)
+
+
+def parameters(results: Results) -> Callable[[Arm], str]:
+    """How many numbers an arm trains, for `arms_table`."""
+    return lambda arm: f"{results.estimate(arm, 'parameters').mean:,.0f}"
+
+
+def spec_of(method: Mapping[str, Any], images: int | None = None, **training: Any) -> Spec:
+    """A spec from a method as settings give it: its name and options in one."""
+    options = {name: value for name, value in method.items() if name not in ("method", "training")}
+    return Spec(method["method"], options, {**method.get("training", {}), **training}, images)
+
+
+def quality(results: Results, arm: Arm) -> float:
+    """Harmonic mean of fidelity and obedience; 0 where most models diverged."""
+    fidelity = results.estimate(arm, "dino")
+    obedience = results.estimate(arm, "obeyed")
+    if not obedience.count:
+        obedience = results.estimate(arm, "clip_t")
+    if fidelity.count <= results.diverged(arm) or fidelity.mean <= 0 or obedience.mean <= 0:
+        return 0.0
+    return 2 / (1 / fidelity.mean + 1 / obedience.mean)
