@@ -1,0 +1,124 @@
+"""The paper's measurements (Appendix C): what a subject's images score, alone or over folders; and PEFT's drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..images import read_image, upright_rgb
+from . import metrics
+from .encoders import Encoders
+from .errors import EvaluationError
+from .folders import ImageFolders
+from .metrics import Score
+from .result import Evaluation, SubjectScores
+
+OnImage = Callable[[int, int], None]
+"""Called for each image with the number of images read and of all."""
+
+
+def evaluate_subject(
+    encoders: Encoders,
+    real: Iterable[Image.Image],
+    generated: Iterable[Image.Image],
+    prompts: Sequence[str],
+    *,
+    name: str = "subject",
+    files: Sequence[str] | None = None,
+) -> SubjectScores:
+    """CLIP-I, CLIP-T and DINO of one subject's images (equations 6 to 8).
+
+    Args:
+        encoders: CLIP and DINO.
+        real: photographs of the subject; any mode and size. They may be lazy, so that few are in memory at a time.
+        generated: what was generated of it.
+        prompts: one for each generated image, as CLIP-T shall read it.
+        name: of the subject.
+        files: names of the generated images; by default their numbers from 1.
+
+    Raises:
+        EvaluationError: there are no images on a side, or not as many prompts or names as generated images.
+    """
+    real_clip, real_dino = encoders.image_features(_upright(real))
+    clip, dino = encoders.image_features(_upright(generated))
+    files = [str(number + 1) for number in range(len(clip))] if files is None else files
+    for what, given in (("prompts", prompts), ("names", files)):
+        if len(given) != len(clip):
+            raise EvaluationError(f"There are {len(clip)} generated images but {len(given)} {what}; give one for each.")
+    return SubjectScores(
+        name=name,
+        real=len(real_clip),
+        files=tuple(files),
+        prompts=tuple(prompts),
+        clip_i=metrics.image_similarity(clip, real_clip),
+        clip_t=metrics.text_similarity(clip, encoders.text_features(prompts)),
+        dino=metrics.image_similarity(dino, real_dino),
+    )
+
+
+def measure_drift(encoders: Encoders, adapted: Iterable[Image.Image], base: Iterable[Image.Image]) -> Score:
+    """How far an adapter moves images of prompts without its subject; `metrics.drift` says how.
+
+    Args:
+        encoders: of which DINO is used.
+        adapted: generated with the adapter.
+        base: generated without it, of the same prompts and seeds in the same order.
+
+    Raises:
+        EvaluationError: there are no images, or not as many on either side.
+    """
+    return metrics.drift(encoders.dino_features(_upright(adapted)), encoders.dino_features(_upright(base)))
+
+
+def evaluate_folders(encoders: Encoders, images: ImageFolders, on_image: OnImage | None = None) -> Evaluation:
+    """Everything that folders of images allow.
+
+    Args:
+        encoders: CLIP and DINO.
+        images: what `find_images` found, which has checked all names and prompts.
+        on_image: for a progress bar.
+
+    Raises:
+        DatasetError: an image cannot be read; it is named.
+    """
+    count = _Counted(len(images), on_image)
+    scores = [
+        evaluate_subject(
+            encoders,
+            count(each.real),
+            count(each.generated),
+            each.prompts,
+            name=each.name,
+            files=[path.name for path in each.generated],
+        )
+        for each in images.subjects
+    ]
+    base, adapted = [path for path, _ in images.pairs], [path for _, path in images.pairs]
+    return Evaluation(
+        models={"clip": encoders.clip.source, "dino": encoders.dino.source},
+        revisions={"clip": encoders.clip.revision, "dino": encoders.dino.revision},
+        drop_words=images.drop_words,
+        subjects=tuple(scores),
+        drift=measure_drift(encoders, count(adapted), count(base)) if images.pairs else None,
+        drift_files=tuple(path.name for path in base),
+    )
+
+
+class _Counted:
+    """Reads images one by one and says how many were read."""
+
+    def __init__(self, total: int, on_image: OnImage | None) -> None:
+        self._done, self._total, self._on_image = 0, total, on_image
+
+    def __call__(self, paths: Iterable[Path]) -> Iterator[Image.Image]:
+        for path in paths:
+            yield upright_rgb(read_image(path), path)
+            self._done += 1
+            if self._on_image is not None:
+                self._on_image(self._done, self._total)
+
+
+def _upright(images: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    return (upright_rgb(image, f"image {number}") for number, image in enumerate(images, 1))

@@ -1,0 +1,163 @@
+"""What an evaluation found, and how it is written: JSON with every image's scores, a table of means and spreads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..formats.files import write_whole
+from .errors import EvaluationError
+from .metrics import Score
+
+SCORES = ("clip_i", "clip_t", "dino")
+"""The fields of `SubjectScores` that are scores."""
+
+_HEAD = ("subject", "real", "generated", "CLIP-I", "CLIP-T", "DINO", "drift")
+_SUFFIXES = (".json", ".md")
+
+
+@dataclass(frozen=True)
+class SubjectScores:
+    """The scores of one subject (Appendix C); each has one value per generated image, in the order of `files`.
+
+    Attributes:
+        name: of the subject.
+        real: how many real images there are.
+        files: the names of the generated images.
+        prompts: what CLIP-T compared each of them with.
+        clip_i: mean similarity of each image to the real ones, in CLIP's features.
+        clip_t: similarity of each image to its prompt.
+        dino: mean similarity of each image to the real ones, in DINO's features.
+    """
+
+    name: str
+    real: int
+    files: tuple[str, ...]
+    prompts: tuple[str, ...]
+    clip_i: Score
+    clip_t: Score
+    dino: Score
+
+    def score(self, name: str) -> Score:
+        """One of `SCORES`."""
+        found: Score = getattr(self, name)
+        return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured.
+
+    Attributes:
+        models: the encoders, "clip" and "dino", as they were asked for.
+        revisions: the hub's commit of each; None for a folder.
+        drop_words: words left out of the prompts.
+        subjects: their scores; empty where only drift was measured.
+        drift: of each pair of images, or None.
+        drift_files: the names of these images.
+    """
+
+    models: Mapping[str, str]
+    revisions: Mapping[str, str | None]
+    drop_words: tuple[str, ...]
+    subjects: tuple[SubjectScores, ...]
+    drift: Score | None = None
+    drift_files: tuple[str, ...] = ()
+
+    def over_subjects(self, score: str) -> Score:
+        """The mean of each subject as one value, so that every subject counts alike."""
+        return Score(tuple(subject.score(score).mean for subject in self.subjects))
+
+    def over_images(self, score: str) -> Score:
+        """The values of all generated images of all subjects."""
+        return Score(tuple(value for subject in self.subjects for value in subject.score(score).values))
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `write` writes; docs/evaluation.md names its fields."""
+        overall = {
+            over: {name: _summary(score(name)) for name in SCORES if self.subjects}
+            for over, score in (("subjects", self.over_subjects), ("images", self.over_images))
+        }
+        return {
+            "models": {name: {"source": self.models[name], "revision": self.revisions[name]} for name in self.models},
+            "drop_words": list(self.drop_words),
+            "subjects": [_subject_json(subject) for subject in self.subjects],
+            "overall": overall if self.subjects else None,
+            "drift": None if self.drift is None else _score_json(self.drift, self.drift_files),
+        }
+
+    def table(self) -> Table:
+        """For the terminal: mean ± spread."""
+        table = Table(*_HEAD, title="Scores")
+        for row in self._rows():
+            table.add_row(*map(escape, row))
+        return table
+
+    def markdown(self) -> str:
+        """The same for a page."""
+        rows = (_HEAD, ("---",) * len(_HEAD), *self._rows())
+        return "\n".join(f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |" for row in rows) + "\n"
+
+    def write(self, *paths: Path) -> None:
+        """Write files whole or not at all: the JSON object where a path ends in .json, the table where in .md.
+
+        Raises:
+            EvaluationError: a path ends otherwise.
+            OSError: a file cannot be written.
+        """
+        check_outputs(paths)
+        text = json.dumps(self.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_whole({path: (text if path.suffix == ".json" else self.markdown()).encode() for path in paths})
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [_row(each.name, each.real, len(each.files), each.score) for each in self.subjects]
+        if len(self.subjects) > 1:
+            real, generated = sum(each.real for each in self.subjects), sum(len(each.files) for each in self.subjects)
+            rows.append(_row("mean of the subjects", real, generated, self.over_subjects))
+            rows.append(_row("all images", real, generated, self.over_images))
+        if self.drift is not None:
+            rows.append(("without the subject", "", f"{len(self.drift_files)}", "", "", "", _cell(self.drift)))
+        return rows
+
+
+def check_outputs(paths: Sequence[Path]) -> None:
+    """That a result can be written to these paths by their endings.
+
+    Raises:
+        EvaluationError: it cannot.
+    """
+    for path in paths:
+        if path.suffix not in _SUFFIXES:
+            raise EvaluationError(f"{path} must end in {' or '.join(_SUFFIXES)}: numbers of every image, or the table.")
+
+
+def _row(name: str, real: int, generated: int, score: Callable[[str], Score]) -> tuple[str, ...]:
+    return (name, f"{real}", f"{generated}", *(_cell(score(each)) for each in SCORES), "")
+
+
+def _cell(score: Score) -> str:
+    return f"{score.mean:.3f} ± {score.spread:.3f}"
+
+
+def _subject_json(subject: SubjectScores) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "real": subject.real,
+        "generated": len(subject.files),
+        "prompts": dict(zip(subject.files, subject.prompts, strict=True)),
+        **{name: _score_json(subject.score(name), subject.files) for name in SCORES},
+    }
+
+
+def _score_json(score: Score, files: Sequence[str]) -> dict[str, Any]:
+    return {**_summary(score), "images": dict(zip(files, score.values, strict=True))}
+
+
+def _summary(score: Score) -> dict[str, float]:
+    return {"mean": score.mean, "spread": score.spread}
