@@ -62,7 +62,7 @@ def fail(*arguments):
 
 
 def pictures(folder):
-    return {path.name: np.array(Image.open(path), dtype=int) for path in sorted(folder.iterdir())}
+    return {path.name: np.array(Image.open(path), dtype=int) for path in sorted(folder.glob("*.png"))}
 
 
 def test_training_saves_an_adapter_that_loads(base, images, tmp_path):

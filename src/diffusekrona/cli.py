@@ -14,15 +14,20 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn
 from typer.core import TyperGroup
 
 from .architectures import ARCHITECTURES, PIPELINES, build
 from .base import default_device, load_base
+from .captions import write_metadata
 from .config import ATTENTION, KronAConfig
 from .demo.run import TRAINING as DEMO_TRAINING
 from .demo.run import DemoPaths, run_demo
 from .demo.table import rich_table
 from .errors import KronAError
+from .evaluation import Encoders, evaluate_folders, find_images
+from .evaluation.encoders import CLIP, DINO
+from .evaluation.result import check_outputs
 from .generation import generate_images
 from .interchange.conversion import Conversion, Target
 from .interchange.conversion import convert as convert_file
@@ -173,9 +178,55 @@ def generate(
             negative_prompt=negative_prompt,
             on_step=lambda done, total: show(completed=done, total=total),
         )
+    entries: dict[str, dict[str, Any]] = {}
     for index, (picture, text, used) in enumerate(zip(pictures, repeated, seeds, strict=True)):
         path = output / f"{index:03d}-{_slug(text)}-seed{used}.png"
         picture.save(path)
+        entries[path.name] = {"text": text, "seed": used}
+        console.print(escape(str(path)), soft_wrap=True)
+    write_metadata(output, entries)
+
+
+@app.command()
+def evaluate(
+    real: Annotated[
+        Path | None, typer.Option(help="The subject's photographs; or a subfolder of them for each subject.")
+    ] = None,
+    generated: Annotated[
+        Path | None, typer.Option(help="Generated images with their prompts, as generate writes them; likewise.")
+    ] = None,
+    drop_word: Annotated[
+        list[str] | None, typer.Option(help="Word to leave out of the prompts, such as sks; repeatable.")
+    ] = None,
+    base_images: Annotated[
+        Path | None, typer.Option(help="For drift: the base's images of prompts without the subject.")
+    ] = None,
+    adapted_images: Annotated[
+        Path | None, typer.Option(help="For drift: the same prompts and seeds with the adapter, by the same names.")
+    ] = None,
+    clip: Annotated[str, typer.Option(help="CLIP for CLIP-I and CLIP-T: a folder, a hub id, or id@revision.")] = CLIP,
+    dino: Annotated[str, typer.Option(help="The encoder for DINO and drift, likewise.")] = DINO,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(help="File to write: .json has every image's scores, .md the table; repeatable."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per pass.")] = 16,
+    device: Annotated[
+        str | None, typer.Option(show_default="a GPU if any", help="Such as cuda, cuda:1 or cpu.")
+    ] = None,
+) -> None:
+    """Score generated images as the paper does: CLIP-I, CLIP-T and DINO; and the adapter's drift."""
+    check_outputs(output or [])
+    images = find_images(
+        real, generated, drop_words=drop_word or [], base_images=base_images, adapted_images=adapted_images
+    )
+    place = torch.device(device) if device else default_device()
+    encoders = Encoders(clip, dino, device=place, batch_size=batch_size)
+    with progress("Encoding", MofNCompleteColumn(), total=None) as show:
+        result = evaluate_folders(encoders, images, lambda done, total: show(completed=done, total=total))
+    result.write(*(output or []))
+    console.print(result.table())
+    for path in output or []:
         console.print(escape(str(path)), soft_wrap=True)
 
 
