@@ -1,5 +1,8 @@
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
 from contextlib import contextmanager
 
@@ -12,6 +15,7 @@ from diffusekrona import KronALayer, load_krona
 from diffusekrona.cli import app
 from diffusekrona.generation import generate_images
 from diffusekrona.training.settings import read_settings
+from tests.evaluation.models import save_clip, save_vit
 from tests.pipelines import tiny_sd_pipeline
 
 TRAIN = ["--prompt", "a sks toy", "--max-train-steps", "3", "--learning-rate", "0.05"]
@@ -88,7 +92,7 @@ def test_training_saves_an_adapter_that_loads(base, images, tmp_path):
 
 def test_the_progress_bar_shows_the_loss_and_stays_off_standard_output(base, images, tmp_path):
     result = run("train", "--base", base, "--images", images, "--output", tmp_path / "toy", *TRAIN)
-    assert re.search(r"Training .*3/3 loss \d\.\d{4}.*left", result.stderr)
+    assert re.search(r"Training .*3/3 loss \d\.\d{4} lr 5\.0e-02 \d[\d.]* images/s left \d:\d\d:\d\d", result.stderr)
     assert "Training" not in result.stdout
 
 
@@ -124,7 +128,7 @@ def test_settings_come_from_a_file_and_flags_win_over_it(base, images, tmp_path)
 
 
 def test_an_interrupted_training_says_how_to_go_on_and_does(base, images, tmp_path, monkeypatch):
-    output = tmp_path / "toy"
+    output = tmp_path / "my toy"
     command = ["train", "--base", base, "--images", images, "--prompt", "a sks toy", "--max-train-steps", 4]
 
     @contextmanager
@@ -132,11 +136,13 @@ def test_an_interrupted_training_says_how_to_go_on_and_does(base, images, tmp_pa
         yield lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == 1 else None
 
     monkeypatch.setattr("diffusekrona.cli.training_progress", pressing_ctrl_c)
-    said = run(*command, "--output", output, code=130).stderr
+    said, again = run(*command, "--output", output, code=130).stderr.splitlines()
     assert said.startswith("Stopped after step 2. Its state is in ")
-    assert said.endswith("step-00000002.safetensors; the same command with --resume goes on from there.\n")
+    assert said.endswith("step-00000002.safetensors. To go on from there:")
     monkeypatch.undo()
-    run(*command, "--output", output, "--resume")
+    program, *arguments = shlex.split(again)
+    assert (program, arguments[-1]) == ("diffusekrona", "--resume")
+    run(*arguments)
     run(*command, "--output", tmp_path / "whole")
     adapters = [(folder / "unet" / "adapter_model.safetensors").read_bytes() for folder in (output, tmp_path / "whole")]
     assert adapters[0] == adapters[1]
@@ -314,3 +320,61 @@ def test_inspect_convert_and_merge_end_with_one_line_where_something_is_wrong(ar
     result = run(*[tmp_path / "out" if argument == "out" else argument for argument in given], code=1)
     assert text in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+# evaluate
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    clip, dino = save_clip(tmp_path_factory.mktemp("clip")), save_vit(tmp_path_factory.mktemp("dino"))
+    return ["--clip", clip, "--dino", dino, "--device", "cpu"]
+
+
+def test_evaluate_scores_what_generate_wrote_with_its_prompts(base, images, encoders, tmp_path):
+    prompts = ["--prompt", "a sks toy", "--prompt", "A sks toy [on sand]", "--images-per-prompt", 2]
+    run("generate", "--base", base, "--output", tmp_path / "out", *GENERATE[2:], *prompts)
+    shutil.copytree(tmp_path / "out", tmp_path / "adapted")
+    arguments = ["--real", images, "--generated", tmp_path / "out", "--drop-word", "sks", *encoders]
+    drift = ["--base-images", tmp_path / "out", "--adapted-images", tmp_path / "adapted"]
+    outputs = ["--output", tmp_path / "scores.json", "--output", tmp_path / "scores.md"]
+    result = run("evaluate", *arguments, *drift, *outputs)
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    (subject,) = scores["subjects"]
+    assert (subject["name"], subject["real"], subject["generated"]) == (images.name, 3, 4)
+    assert list(subject["prompts"].values()) == ["a toy"] * 2 + ["A toy [on sand]"] * 2
+    assert subject["prompts"].keys() == pictures(tmp_path / "out").keys()
+    assert scores["drift"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert f"{subject['clip_t']['mean']:.3f} ±" in result.stdout
+    assert f"{subject['dino']['mean']:.3f} ±" in (tmp_path / "scores.md").read_text(encoding="utf-8")
+    assert "15/15" in result.stderr
+
+
+def test_generate_keeps_the_prompts_of_earlier_images(base, tmp_path):
+    for prompt, seed in (("a toy", 0), ("a dog", 1), ("a toy", 0)):
+        run("generate", "--base", base, "--output", tmp_path, *GENERATE[2:], "--prompt", prompt, "--seed", seed)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"file_name": "000-a-dog-seed1.png", "text": "a dog", "seed": 1},
+        {"file_name": "000-a-toy-seed0.png", "text": "a toy", "seed": 0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"--generated": None}, "Of the folders of real and generated images only one is given"),
+        ({"--real": None, "--generated": None}, "There is nothing to measure"),
+        ({"--generated": "IMAGES"}, "3 of 3 images in"),
+        ({"--real": "nowhere"}, "There is no image folder nowhere"),
+        ({"--clip": "nobody/nothing"}, "There is no model of CLIP 'nobody/nothing'"),
+        ({"--output": "scores.csv"}, "must end in .json or .md"),
+        ({"--batch-size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_evaluate_ends_with_one_line_where_something_is_wrong(change, text, images, encoders, tmp_path):
+    shutil.copytree(images, tmp_path / "out")
+    (tmp_path / "out" / "prompts.txt").write_text("a toy\n" * 3)
+    given = {"--real": images, "--generated": tmp_path / "out", **dict(zip(encoders[::2], encoders[1::2], strict=True))}
+    given |= {name: images if value == "IMAGES" else value for name, value in change.items()}
+    assert text in fail("evaluate", *(part for pair in given.items() if pair[1] is not None for part in pair))
