@@ -14,7 +14,11 @@ COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a
 
 
 def along(
-    arms: Sequence[Arm], results: Results, axis: str, scores: Sequence[str] = ("dino", "clip_t", "obeyed"), log: bool = True
+    arms: Sequence[Arm],
+    results: Results,
+    axis: str,
+    scores: Sequence[str] = ("dino", "clip_t", "obeyed"),
+    log: bool = True,
 ) -> Figure:
     """Scores over the arms' `x`, a line for each series, with 95% intervals."""
     shown = [what for what in scores if any(results.found(arm, what) for arm in arms)]

@@ -52,17 +52,17 @@ class Records:
         except (ValueError, KeyError, TypeError) as error:
             raise KronAError(f"{self._file} is no file of measurements: its first line should say what of.") from error
         if about != self._about:
-            names = sorted(
-                name for name in {*about, *self._about} if about.get(name) != self._about.get(name)
-            )
+            names = sorted(name for name in {*about, *self._about} if about.get(name) != self._about.get(name))
             raise KronAError(
                 f"{self._file} was measured with other settings ({', '.join(names)}). Give another output folder, or "
                 "move that file away."
             )
-        # A line that a killed process left unfinished is measured again.
         self._ends_within_a_line = bool(lines) and lines[-1] != ""
-        for line in lines[:-1]:
-            values = json.loads(line)
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue  # a killed process left it unfinished: what it said is measured again
             record = Record(Cell.from_dict(values["cell"]), values["found"])
             self._by_key[record.cell.key] = record
 

@@ -142,5 +142,7 @@ def read_study_settings(path: Path) -> StudySettings:
         subjects = {str(name): Subject(**one) for name, one in values.pop("subjects").items()}
     except (TypeError, AttributeError) as error:
         raise StudySettingsError(f"In {path}, each of the subjects needs its `images` and its `kind`.") from error
-    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    listed: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return StudySettings(subjects=subjects, **listed)

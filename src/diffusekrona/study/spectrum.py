@@ -12,7 +12,9 @@ ENERGY = 0.9
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the weights of all linear layers of a model without adapters, d × h."""
-    return {name: layer.weight.detach().clone() for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return {
+        name: layer.weight.detach().clone() for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
+    }
 
 
 @torch.no_grad()

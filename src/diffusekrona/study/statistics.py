@@ -48,9 +48,10 @@ def estimate(values: Sequence[Sequence[float]]) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean = float(np.mean([group.mean() for group in groups]))
     rng = np.random.default_rng(0)
-    drawn = [
-        np.mean([rng.choice(groups[i], len(groups[i])).mean() for i in rng.integers(len(groups), size=len(groups))])
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    subjects = rng.integers(len(groups), size=(RESAMPLES, len(groups)))
+    drawn = np.zeros_like(subjects, dtype=np.float64)
+    for number, group in enumerate(groups):
+        here = subjects == number
+        drawn[here] = rng.choice(group, (int(here.sum()), len(group))).mean(axis=1)
+    low, high = np.quantile(drawn.mean(axis=1), (0.025, 0.975))
     return Estimate(mean, float(low), float(high), count)

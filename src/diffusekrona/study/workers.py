@@ -50,7 +50,9 @@ def measure(
             done += 1
             on_record(done, len(missing))
     if failed:
-        raise KronAError(f"{len(failed)} of {len(groups)} models could not be measured. The first: {failed[0]}") from failed[0]
+        raise KronAError(
+            f"{len(failed)} of {len(groups)} models could not be measured. The first: {failed[0]}"
+        ) from failed[0]
 
 
 def _by_model(cells: Sequence[Cell]) -> Iterator[list[Cell]]:

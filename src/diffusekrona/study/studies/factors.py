@@ -28,8 +28,8 @@ class Factors(Study):
 
     name: ClassVar[str] = "factors"
     question: ClassVar[str] = (
-        "a2 = 64 and a1 in {2, 4, 8} are best, (4, 64) the best of all; A is to be smaller than B; factors of at most 8 "
-        "do not follow the prompt (Section 4.2, Appendix D.2, Figure 15, Table 6)."
+        "a2 = 64 and a1 in {2, 4, 8} are best, (4, 64) the best of all; A is to be smaller than B; factors of at most "
+        "8 do not follow the prompt (Section 4.2, Appendix D.2, Figure 15, Table 6)."
     )
 
     def arms(self) -> Sequence[Arm]:

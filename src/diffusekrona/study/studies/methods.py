@@ -12,6 +12,10 @@ from ..records import Records
 from ..settings import StudySettings
 from ..study import Page, Results, Study, arms_table, parameters, quality, spec_of
 
+ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+"""Learning rates to choose from: for adapters, and for weights of the base itself."""
+
 
 @dataclass(frozen=True)
 class Methods(Study):
@@ -83,8 +87,3 @@ class Methods(Study):
 
     def _best(self, search: Results) -> list[Arm]:
         return [max(self._line(label), key=lambda arm: quality(search, arm)) for label in self.methods]
-
-
-ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
-"""Learning rates to choose from: for adapters, and for weights of the base itself."""

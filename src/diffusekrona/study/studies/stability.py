@@ -67,8 +67,8 @@ class Stability(Study):
             )
         text = "\n".join(
             [
-                f"A learning rate is of use where the quality is at least {KEPT:.0%} of the method's best; the quality is "
-                "the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where that is not "
+                f"A learning rate is of use where the quality is at least {KEPT:.0%} of the method's best; the quality "
+                "is the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where that is not "
                 "known). A spread is the standard deviation of a score over all learning rates, within a subject and "
                 "a seed.",
                 "",
@@ -84,7 +84,5 @@ def _spread(results: Results, line: Sequence[Arm], what: str) -> str:
     by_arm = [results.found(arm, what) for arm in line]
     if len({tuple(len(group) for group in groups) for groups in by_arm}) > 1:
         return "– (some diverged)"
-    spreads = [
-        [pstdev(values) for values in zip(*groups, strict=True)] for groups in zip(*by_arm, strict=True)
-    ]
+    spreads = [[pstdev(values) for values in zip(*groups, strict=True)] for groups in zip(*by_arm, strict=True)]
     return str(estimate(spreads))

@@ -1,0 +1,125 @@
+"""What a lab says of a model is what the model's own pictures say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusekrona import KronAConfig
+from diffusekrona.base import load_base
+from diffusekrona.errors import KronAError
+from diffusekrona.evaluation import Encoders
+from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
+from diffusekrona.generation import generate_images
+from diffusekrona.images import read_image
+from diffusekrona.study.cells import Cell, Spec, View
+from diffusekrona.study.lab import APART, BASE, Lab
+from diffusekrona.training import TrainingConfig, train_dreambooth
+
+STRONG = {"learning_rate": 0.5}
+KRONA = {"a1": 2, "a2": 4}
+
+
+@pytest.fixture(scope="module")
+def lab(settings):
+    return Lab(settings)
+
+
+def scores_by_hand(settings, pipe):
+    """The paper's scores of a pipeline, in plain steps."""
+    base = load_base(settings.base)
+    encoders = Encoders(settings.clip, settings.dino)
+    how = {"steps": 1, "guidance_scale": 1.0, "batch_size": 8}
+    prompts = ["a sks toy on a red background", "a small sks toy on a blue background"]
+    drawn = generate_images(pipe, prompts, [1000, 1001], **how)
+    real = [read_image(path) for path in sorted(settings_folder(settings).glob("*.png"))]
+    clip, dino = encoders.image_features(drawn)
+    real_clip, real_dino = encoders.image_features(real)
+    texts = encoders.text_features([prompt.replace("sks ", "") for prompt in prompts])
+    others = [generate_images(one, ["a fox"], [1000 + APART], **how) for one in (pipe, base)]
+    return {
+        "clip_i": image_similarity(clip, real_clip).mean,
+        "clip_t": text_similarity(clip, texts).mean,
+        "dino": image_similarity(dino, real_dino).mean,
+        "drift": drift(*(encoders.dino_features(images) for images in others)).mean,
+    }
+
+
+def settings_folder(settings):
+    return Path(settings.subjects["bear"].images)
+
+
+def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, lab):
+    cell = Cell(Spec("krona", KRONA, STRONG), View(), "bear", 3)
+    (record,) = lab.measure([cell])
+    pipe = load_base(settings.base)
+    train_dreambooth(
+        pipe,
+        settings_folder(settings),
+        "a sks toy",
+        TrainingConfig(max_train_steps=2, seed=3, **STRONG),
+        KronAConfig(**KRONA),
+    )
+    expected = scores_by_hand(settings, pipe)
+    assert {name: record.found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert record.found["drift"] > 1e-6
+    assert record.found["parameters"] == sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad)
+    assert record.found["bytes"] > 4 * record.found["parameters"]
+
+
+def test_the_base_is_scored_as_it_is(settings, lab):
+    (record,) = lab.measure([Cell(Spec(BASE), View(), "bear", 0)])
+    expected = scores_by_hand(settings, load_base(settings.base))
+    assert {name: record.found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert record.found["drift"] == pytest.approx(0, abs=1e-12)
+
+
+def test_views_of_one_model_are_what_each_alone_would_be(settings):
+    spec = Spec("lora", {"rank": 2}, {**STRONG, "max_train_steps": 3})
+    views = [View(step=1), View(), View(guidance_scale=3.0), View(inference_steps=2), View(step=2, spectrum=True)]
+    cells = [Cell(spec, view, "car", 0) for view in views]
+    together = {record.cell.key: record.found for record in Lab(settings).measure(cells)}
+    assert len(together) == len(cells)
+    for cell in cells:
+        (alone,) = Lab(settings).measure([cell])
+        for name in ("dino", "clip_t", "drift", "loss"):
+            assert together[cell.key][name] == pytest.approx(alone.found[name], abs=1e-6), (cell.view, name)
+    assert together[cells[-1].key]["spectrum"]["layers"] > 1
+
+
+@pytest.mark.parametrize("name", ["krona", "lora", "lokr", "loha", "svdiff", "custom-diffusion", "dreambooth"])
+def test_every_method_leaves_the_base_as_it_was(lab, name):
+    options = KRONA if name == "krona" else {}
+    before = {key: value.clone() for key, value in lab._pipe.unet.state_dict().items()}
+    (record,) = lab.measure([Cell(Spec(name, options, {"learning_rate": 1e-2}), View(), "bear", 0)])
+    assert 0 < record.found["parameters"]
+    after = lab._pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_model_that_diverges_is_recorded_as_one(lab):
+    cells = [Cell(Spec("krona", KRONA, {"learning_rate": 1e30}), View(step=step), "bear", 0) for step in (1, 2)]
+    records = lab.measure(cells)
+    assert [record.cell.view.step for record in records] == [1, 2]
+    assert records[-1].found["diverged"] is True
+    assert "dino" not in records[-1].found
+
+
+def test_fewer_pictures_are_the_first_ones(settings, lab):
+    one = Cell(Spec("krona", KRONA, STRONG, images=1), View(), "bear", 0)
+    two = Cell(Spec("krona", KRONA, STRONG, images=2), View(), "bear", 0)
+    every = Cell(Spec("krona", KRONA, STRONG), View(), "bear", 0)
+    dino = [lab.measure([cell])[0].found["dino"] for cell in (one, two, every)]
+    assert dino[0] != dino[1] == dino[2]
+
+
+def test_an_unknown_method_is_named(lab):
+    with pytest.raises(KronAError, match="'krone'.*krona"):
+        lab.measure([Cell(Spec("krone"), View(), "bear", 0)])
+
+
+def test_a_missing_base_is_named_before_anything_is_trained(settings, tmp_path):
+    with pytest.raises(KronAError, match="nowhere"):
+        Lab(replace(settings, base=str(tmp_path / "nowhere")))

@@ -1,0 +1,140 @@
+"""Studies from name to page, killed and gone on with, in one process and in two."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from diffusekrona.errors import KronAError
+from diffusekrona.study.lab import Lab
+from diffusekrona.study.records import Records
+from diffusekrona.study.run import chosen_study, quick, run_study
+from diffusekrona.study.studies import STUDIES
+from diffusekrona.study.study import Results
+
+SMALLER = {
+    "stability": {"learning_rates": [1e-3, 1e-1], "subjects": 2, "seeds": [0]},
+    "methods": {
+        "methods": {
+            "KronA": {"method": "krona", "a1": 2, "a2": 4, "rates": [1e-3, 1e-1]},
+            "LoRA": {"method": "lora", "rank": 2, "rates": [1e-3, 1e-1]},
+        },
+        "subjects": 2,
+        "seeds": [0],
+        "search_subjects": 1,
+    },
+    "factors": {"a1": [1, 4], "a2": [4], "subjects": 1},
+    "steps": {"steps": [1, 2], "subjects": 1},
+    "images": {"images": [1, 2], "subjects": 1},
+    "guidance": {"scales": [1.0, 2.0], "subjects": 1},
+    "inference-steps": {"steps": [1, 2], "subjects": 1},
+    "init": {"subjects": 1},
+    "modules": {"subjects": 1},
+    "rank": {"subjects": 1},
+}
+
+
+@pytest.fixture
+def smaller(settings):
+    return replace(settings, studies=SMALLER)
+
+
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_every_study_ends_in_a_page_with_a_row_for_each_arm(smaller, tmp_path, name):
+    study = chosen_study(name, quick(smaller))
+    text = run_study(study, quick(smaller), tmp_path).read_text(encoding="utf-8")
+    assert study.question in text
+    for arm in study.arms():
+        assert f"| {arm.label} " in text
+    for figure in tmp_path.glob("*.png"):
+        assert f"({figure.name})" in text
+    assert "nan" not in text
+
+
+def test_a_study_goes_on_where_it_was_killed(smaller, tmp_path, monkeypatch):
+    study = chosen_study("factors", smaller)
+    whole = run_study(study, smaller, tmp_path / "whole")
+
+    def killed(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, smaller, tmp_path / "part", on_record=killed)
+    assert len(Records(tmp_path / "part" / "records.jsonl", smaller.shared())) == 1
+    asked = []
+    plain = Lab.measure
+    monkeypatch.setattr(Lab, "measure", lambda self, cells: asked.extend(cells) or plain(self, cells))
+    part = run_study(study, smaller, tmp_path / "part")
+    assert len(asked) == 1
+    assert without_times(part) == without_times(whole)
+
+
+def test_two_processes_find_what_one_finds(smaller, tmp_path):
+    study = chosen_study("factors", smaller)
+    one, two = (run_study(study, smaller, tmp_path / str(n), workers=n) for n in (1, 2))
+    assert without_times(one) == without_times(two)
+
+
+def test_cells_that_another_study_measured_are_not_measured_again(smaller, tmp_path):
+    run_study(chosen_study("steps", smaller), smaller, tmp_path)
+    count = len(Records(tmp_path / "records.jsonl", smaller.shared()))
+    again = []
+    run_study(chosen_study("steps", smaller), smaller, tmp_path, on_record=lambda *counts: again.append(counts))
+    assert not again
+    assert len(Records(tmp_path / "records.jsonl", smaller.shared())) == count
+
+
+def test_more_seeds_are_one_number(smaller):
+    assert chosen_study("stability", smaller, seeds=5).seeds == (0, 1, 2, 3, 4)
+
+
+def test_methods_are_compared_at_the_learning_rate_that_the_search_found_best(smaller, tmp_path):
+    study = chosen_study("methods", smaller)
+    run_study(study, smaller, tmp_path)
+    records = Records(tmp_path / "records.jsonl", smaller.shared())
+    for label in study.methods:
+        line = [arm for arm in study.arms() if arm.label == label]
+        of_search = Results(study._search(), smaller, records)
+        best = max(line, key=lambda arm: quality_of(of_search, arm))
+        final = Results(study, smaller, records)
+        measured = [arm for arm in line if final.estimate(arm, "dino").count == 2]
+        assert measured == [best]
+
+
+def quality_of(results, arm):
+    dino, obeyed = results.estimate(arm, "dino").mean, results.estimate(arm, "obeyed").mean
+    return 2 * dino * obeyed / (dino + obeyed) if dino > 0 and obeyed > 0 else 0.0
+
+
+def test_what_cannot_be_measured_is_named_and_all_else_is(smaller, tmp_path):
+    study = chosen_study("factors", replace(smaller, studies={"factors": {"a1": [4, 7], "a2": [4], "subjects": 1}}))
+    with pytest.raises(KronAError, match=r"1 of 2 .*a1"):
+        run_study(study, smaller, tmp_path)
+    assert len(Records(tmp_path / "records.jsonl", smaller.shared())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("stabilty", {}, "There is no study"),
+        ("factors", {"a_1": [1]}, "did you mean 'a1'"),
+        ("factors", {"xyz": 1}, "It has"),
+    ],
+)
+def test_wrong_names_are_told(settings, name, values, said):
+    with pytest.raises(KronAError, match=said):
+        chosen_study(name, replace(settings, studies={name: values}))
+
+
+def test_no_subject_that_is_held_back_is_ever_used(smaller):
+    for name in STUDIES:
+        assert "cup" not in chosen_study(name, replace(smaller, studies={})).subjects_in(smaller)
+
+
+def without_times(page):
+    """A page without the column of times."""
+    records = (page.parent / "records.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    found = [json.loads(line) for line in records]
+    for one in found:
+        one["found"].pop("seconds_per_step", None)
+    return sorted(json.dumps(one, sort_keys=True) for one in found)
