@@ -93,7 +93,7 @@ def test_every_method_leaves_the_base_as_it_was(lab, name):
     options = KRONA if name == "krona" else {}
     before = {key: value.clone() for key, value in lab._pipe.unet.state_dict().items()}
     (record,) = lab.measure([Cell(Spec(name, options, {"learning_rate": 1e-2}), View(), "bear", 0)])
-    assert 0 < record.found["parameters"]
+    assert record.found["parameters"] > 0
     after = lab._pipe.unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -116,7 +116,7 @@ def test_fewer_pictures_are_the_first_ones(settings, lab):
 
 
 def test_an_unknown_method_is_named(lab):
-    with pytest.raises(KronAError, match="'krone'.*krona"):
+    with pytest.raises(KronAError, match=r"'krone'.*krona"):
         lab.measure([Cell(Spec("krone"), View(), "bear", 0)])
 
 

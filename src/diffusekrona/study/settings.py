@@ -104,6 +104,12 @@ class StudySettings:
         except TypeError as error:
             raise StudySettingsError(f"training has a name that TrainingConfig has not: {error}") from error
 
+    def check_folders(self) -> None:
+        """Raise `StudySettingsError` if some subject's pictures are not there."""
+        for name, subject in self.subjects.items():
+            if not Path(subject.images).is_dir():
+                raise StudySettingsError(f"The pictures of {name} should be in the folder {subject.images}.")
+
     def shared(self) -> dict[str, Any]:
         """All that a measurement depends on beside its cell."""
         values = asdict(self)
@@ -115,15 +121,14 @@ class StudySettings:
 def read_study_settings(path: Path) -> StudySettings:
     """From a YAML file.
 
+    `extends` names another such file, beside this one, whose settings these replace. `subjects` may be a folder: each
+    folder in it is a subject, and its `classes.csv` has their class words in lines "name,class". `prompts` and
+    `other_prompts` may be text files with one in each line.
+
     Raises:
         StudySettingsError: it cannot be read, has an unknown name, or lacks one.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StudySettingsError(f"The settings {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise StudySettingsError(f"The settings {path} should be names and values, such as `base: models/emoji-sdxl`.")
+    values = _read(path)
     known = {one.name: one for one in fields(StudySettings)}
     for name in values:
         if name not in known:
@@ -138,11 +143,44 @@ def read_study_settings(path: Path) -> StudySettings:
     ]
     if missing:
         raise StudySettingsError(f"{path} lacks {', '.join(missing)}.")
+    subjects = values.pop("subjects")
+    subjects = _in_folder(Path(subjects)) if isinstance(subjects, str) else _listed(subjects, path)
+    for name in ("prompts", "other_prompts"):
+        if isinstance(values[name], str):
+            values[name] = _lines(Path(values[name]))
+    ready: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return StudySettings(subjects=subjects, **ready)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        subjects = {str(name): Subject(**one) for name, one in values.pop("subjects").items()}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StudySettingsError(f"The settings {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise StudySettingsError(f"The settings {path} should be names and values, such as `base: models/emoji-sdxl`.")
+    extended = values.pop("extends", None)
+    return values if extended is None else {**_read(path.parent / extended), **values}
+
+
+def _listed(subjects: Any, path: Path) -> dict[str, Subject]:
+    try:
+        return {str(name): Subject(**one) for name, one in subjects.items()}
     except (TypeError, AttributeError) as error:
         raise StudySettingsError(f"In {path}, each of the subjects needs its `images` and its `kind`.") from error
-    listed: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return StudySettings(subjects=subjects, **listed)
+
+
+def _in_folder(folder: Path) -> dict[str, Subject]:
+    kinds = dict(line.split(",", 1) for line in _lines(folder / "classes.csv") if "," in line)
+    names = sorted(part.name for part in folder.iterdir() if part.is_dir())
+    unknown = [name for name in names if name not in kinds]
+    if unknown:
+        raise StudySettingsError(f"{folder / 'classes.csv'} has no class word of {', '.join(unknown)}.")
+    return {name: Subject(str(folder / name), kinds[name].strip()) for name in names}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise StudySettingsError(f"{path} cannot be read: {error}") from error

@@ -91,6 +91,8 @@ class Study:
     name: ClassVar[str]
     question: ClassVar[str]
     """What the paper claims, and where."""
+    afterwards: ClassVar[str] = "the page"
+    """What is done once these are measured."""
 
     @abstractmethod
     def arms(self) -> Sequence[Arm]:

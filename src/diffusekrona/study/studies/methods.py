@@ -50,13 +50,16 @@ class Methods(Study):
         "and DreamBooth, with the fewest parameters (Tables 3, 4 and 7)."
     )
 
+    afterwards: ClassVar[str] = "each method at its best learning rate, if these are the search; then the page"
+
     def arms(self) -> Sequence[Arm]:
         """Every method at every learning rate."""
         return [arm for label in self.methods for arm in self._line(label)]
 
     def cells(self, settings: StudySettings, records: Records) -> list[Cell]:
         """The search, and once that is done, each method at its best learning rate."""
-        search = self._search().plain_cells(settings, self.arms())
+        unsettled = [label for label in self.methods if len(self._line(label)) > 1]
+        search = self._search().plain_cells(settings, [arm for label in unsettled for arm in self._line(label)])
         if any(cell not in records for cell in search):
             return search
         return [*search, *self.plain_cells(settings, self._best(Results(self._search(), settings, records)))]
@@ -72,8 +75,9 @@ class Methods(Study):
         }
         chosen = ["| | learning rate: quality |", "|---|---|"]
         for label in self.methods:
-            found = ", ".join(f"{arm.x:g}: {quality(search, arm):.3f}" for arm in self._line(label))
-            chosen.append(f"| {label} | {found} |")
+            line = self._line(label)
+            found = [f"{arm.x:g}: {quality(search, arm):.3f}" for arm in line] if len(line) > 1 else [f"{line[0].x:g}"]
+            chosen.append(f"| {label} | {', '.join(found)} |")
         text = "\n".join([arms_table(best, results, more), "", "The search:", "", *chosen])
         return Page(text, {"methods": against(best, results)})
 
@@ -86,4 +90,5 @@ class Methods(Study):
         return Methods(self.search_subjects, self.search_seeds, self.methods, self.search_subjects, self.search_seeds)
 
     def _best(self, search: Results) -> list[Arm]:
-        return [max(self._line(label), key=lambda arm: quality(search, arm)) for label in self.methods]
+        lines = [self._line(label) for label in self.methods]
+        return [line[0] if len(line) == 1 else max(line, key=lambda arm: quality(search, arm)) for line in lines]
