@@ -1,3 +1,5 @@
+import gc
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusekrona.training import TrainingConfig
-from diffusekrona.training.batches import Batches, text_encoders
+from diffusekrona.training.batches import Batches, free_encoders, text_encoders
 from diffusekrona.training.families import family_of
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
-from tests.training.runs import FAMILIES, examples
+from tests.training.runs import FAMILIES, SMALL, adapted, examples
 
 CONFIG = TrainingConfig(train_batch_size=3)
 PIPE = tiny_sd_pipeline()
@@ -113,3 +115,33 @@ def test_the_text_encoders_of_a_pipeline_are_found(build, count):
     pipe = build()
     names = ["text_encoder", "text_encoder_2", "text_encoder_3"][:count]
     assert text_encoders(pipe) == [getattr(pipe, name) for name in names]
+
+
+def weights_left(pipe, config):
+    """Which components still have weights in memory after the encoders were freed, an adapter being there."""
+    named = {"vae": pipe.vae, "denoiser": family_of(pipe).denoiser, "text": pipe.text_encoder}
+    weights = {name: weakref.ref(next(module.parameters())) for name, module in named.items()}
+    source = batches(config, pipe)
+    before = source.loss(0)
+    free_encoders(pipe, config)
+    gc.collect()
+    assert source.loss(0) == before
+    return {name for name, weight in weights.items() if weight() is not None and weight().device.type != "meta"}
+
+
+@FAMILIES
+def test_freed_encoders_take_no_memory_and_the_losses_are_the_same(build):
+    pipe, _ = adapted(build, **SMALL)
+    assert weights_left(pipe, CONFIG) == {"denoiser"}
+    assert pipe.vae is None
+    assert text_encoders(pipe) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "left"),
+    [({"train_text_encoder": True}, {"denoiser", "text"}), ({"cache": "none"}, {"denoiser", "text", "vae"})],
+)
+def test_encoders_that_run_in_each_step_are_not_freed(values, left):
+    pipe, _ = adapted(text_encoders="train_text_encoder" in values, **SMALL)
+    assert weights_left(pipe, replace(CONFIG, **values)) == left
+    assert text_encoders(pipe)

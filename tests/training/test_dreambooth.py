@@ -1,8 +1,10 @@
+import gc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
@@ -19,6 +21,8 @@ from diffusekrona.training import (
     train_dreambooth,
 )
 from diffusekrona.training.dreambooth import image_reduction, training_resolution
+from diffusekrona.training.run import run
+from diffusekrona.training.settings import Settings
 from tests.pipelines import IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import FAMILIES, PLAN, SMALL, examples, pictures, same
 
@@ -233,3 +237,35 @@ def test_a_run_is_resumed_with_another_pipeline_and_gives_the_same_adapter(folde
     assert [result.resumed_at for result, _ in runs] == [2, 0]
     assert runs[0][0].losses == runs[1][0].losses
     assert same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_without_its_encoders_a_pipeline_learns_the_same_and_saves_it(folder, tmp_path, cache):
+    config, saved = replace(QUICK, cache=cache), []
+    for keep in (True, False):
+        pipe = tiny_sdxl_pipeline()
+        train_dreambooth(pipe, folder, PROMPT, config, KronAConfig(**SMALL), keep_encoders=keep)
+        saved.append(save_krona(pipe, tmp_path / f"{keep}.safetensors").read_bytes())
+        assert (pipe.vae is None) == (not keep and cache == "memory")
+    assert saved[0] == saved[1]
+
+
+def autoencoders():
+    """How many there are whose weights take memory."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if isinstance(one, AutoencoderKL)]
+    return sum(next(one.parameters()).device.type != "meta" for one in found)
+
+
+@pytest.mark.parametrize(("values", "kept"), [({}, 0), ({"validation_prompt": [PROMPT]}, 1)])
+def test_a_run_keeps_encoders_only_for_validation_pictures(folder, tmp_path, values, kept):
+    tiny_sd_pipeline().save_pretrained(tmp_path / "base")
+    paths = {"pretrained_model_name_or_path": "base", "output_dir": "out"}
+    given = {
+        **{name: str(tmp_path / path) for name, path in paths.items()},
+        **{"instance_data_dir": str(folder), "instance_prompt": PROMPT, "max_train_steps": 1},
+        **{"validation_inference_steps": 1, **SMALL, **values},
+    }
+    before, found = autoencoders(), []
+    run(Settings.of(given), lambda step: found.append(autoencoders() - before))
+    assert found == [kept]

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..components import forget
 from .config import TrainingConfig
 from .data import TrainingImage
 from .draws import Draw, Order, generator_for
@@ -107,6 +108,23 @@ class Batches:
             noises.append(noise)
             levels.append(self._objective.draw_level(generator))
         return torch.stack(latents), torch.stack(noises), torch.tensor(levels)
+
+
+def free_encoders(pipe: Any, config: TrainingConfig) -> None:
+    """Take out of a pipeline, memory and all, what no step runs once all `Batches` are made.
+
+    That is the autoencoder, and text encoders unless they are trained; nothing where they have to run in each step.
+    The pipeline can then be trained and its adapter saved, but it draws no pictures.
+    """
+    if config.cache == "none":
+        return
+    idle = [pipe.vae, *([] if config.train_text_encoder else text_encoders(pipe))]
+    for name, module in list(pipe.components.items()):
+        if any(module is one for one in idle):
+            setattr(pipe, name, None)
+    forget(idle)  # which knows their weights
+    for module in idle:
+        nn.Module.to(module, device="meta")  # whoever still has it, it takes no memory
 
 
 def text_encoders(pipe: Any) -> list[nn.Module]:

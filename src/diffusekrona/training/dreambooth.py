@@ -32,6 +32,7 @@ def train_dreambooth(
     on_step: Callable[[TrainingStep], None] | None = None,
     folder: Path | None = None,
     resume: bool = False,
+    keep_encoders: bool = True,
 ) -> TrainingResult:
     """Teach a pipeline one subject (Section 4.1), as an adapter that `save_krona` then saves.
 
@@ -51,6 +52,8 @@ def train_dreambooth(
         on_step: called after every optimizer step, for progress.
         folder: for checkpoints and what is cached on disk.
         resume: go on from the newest checkpoint in the folder, if there is one.
+        keep_encoders: without, the pipeline loses its autoencoder, and text encoders that are not trained, as soon as
+            images and prompts are encoded; it cannot draw pictures any more, but the adapter can be saved.
 
     Raises:
         DatasetError: the images or captions are missing or unreadable.
@@ -77,6 +80,7 @@ def train_dreambooth(
             folder=folder,
             resume=resume,
             about=about,
+            keep_encoders=keep_encoders,
         )
     except KeyboardInterrupt:
         raise

@@ -20,7 +20,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from .batches import Batches, text_encoders
+from .batches import Batches, free_encoders, text_encoders
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .data import TrainingImage
@@ -113,6 +113,7 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
+    keep_encoders: bool = True,
 ) -> TrainingResult:
     """Train parameters of a pipeline's denoiser, and of its text encoders if `config.train_text_encoder`.
 
@@ -132,6 +133,7 @@ def fit(
         folder: for checkpoints and what is cached on disk; without it, there are no checkpoints.
         resume: go on from the newest checkpoint in the folder, if there is one; otherwise those there are replaced.
         about: what else tells this run from others, values for JSON; a checkpoint of another is not gone on from.
+        keep_encoders: without, the pipeline loses the encoders that no step runs, and their memory is free.
 
     Raises:
         UnsupportedPipelineError: the pipeline is of another kind.
@@ -162,6 +164,8 @@ def fit(
             (Batches(name, pipe, family, some, config, accelerator, folder and folder / "cache"), weight)
             for name, some, weight in sets
         ]
+        if not keep_encoders:
+            free_encoders(pipe, config)
         if config.gradient_checkpointing:
             borrowed.enter_context(checkpointed(trained))
         run = _Run(sources, parameters, accelerator, config, folder, about or {})

@@ -84,6 +84,7 @@ def run(
             on_step=after,
             folder=output.run_folder,
             resume=output.resume,
+            keep_encoders=bool(output.validation_prompt),
         )
     finally:
         if observers is not None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from .pictures import figure_png
 
@@ -57,6 +56,8 @@ def run_page(
 
 def loss_curve(losses: Sequence[float], window: int = 50) -> bytes:
     """A PNG of each step's loss and of the mean over some steps before it."""
+    from matplotlib.figure import Figure  # which takes 26 MB: only where something is drawn
+
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(losses) + 1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -66,6 +65,8 @@ class Validation:
 
     def _drawn_sheet(self) -> bytes:
         """A row for each step and a column for each prompt."""
+        from matplotlib.figure import Figure  # which takes 26 MB: only where something is drawn
+
         steps = sorted({int(path.name.split("-")[1]) for path in self._folder.glob("step-*-*.png")})
         columns = range(len(self._prompts))
         figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(steps) + 0.5), layout="constrained")
