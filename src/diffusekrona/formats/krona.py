@@ -117,9 +117,14 @@ def _is_ours(path: Path) -> bool:
     return _HEADER in metadata or any(".krona_" in name for name in names)
 
 
-def _content(tensors: Mapping[str, Tensor], configs: Mapping[str, KronAConfig]) -> bytes:
+def header_of(configs: Mapping[str, KronAConfig]) -> dict[str, str]:
+    """The header entry of a file of ours: the components' configs, "" for a single model."""
     header = {"version": 1, "components": {part: config.to_dict() for part, config in configs.items()}}
-    return safetensors_bytes(tensors, {_HEADER: json.dumps(header, sort_keys=True)})
+    return {_HEADER: json.dumps(header, sort_keys=True)}
+
+
+def _content(tensors: Mapping[str, Tensor], configs: Mapping[str, KronAConfig]) -> bytes:
+    return safetensors_bytes(tensors, header_of(configs))
 
 
 def _parts(folder: Path) -> list[str]:

@@ -1,0 +1,89 @@
+"""Training a model's own weights: float32 copies in place of them, and the originals kept to be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+_DTYPE_MARK = "base_dtype"
+
+
+@dataclass
+class _Kept:
+    """What `put_back` needs of one component."""
+
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def copy_in_place(component: nn.Module, names: Collection[str]) -> None:
+    """Put a trainable float32 copy in place of each named parameter; one that has several names gets one copy.
+
+    Args:
+        component: a model. Where its own dtype is narrower, see `float32_inside`.
+        names: as `named_parameters(remove_duplicate=False)` gives them.
+    """
+    kept = _kept.setdefault(component, _Kept())
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    found = dict(component.named_parameters(remove_duplicate=False))
+    for name in names:
+        original = kept.originals[name] = found[name]
+        if original not in copies:
+            copies[original] = nn.Parameter(original.detach().to(torch.float32, copy=True))
+        _set(component, name, copies[original])
+
+
+def float32_inside(component: nn.Module, module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a module of a component compute in float32, while what is around it goes on in `dtype`."""
+    if dtype == torch.float32:
+        return
+
+    def widen(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast(args, torch.float32), _cast(kwargs, torch.float32)
+
+    def narrow(_: nn.Module, args: Any, said: Any) -> Any:
+        return _cast(said, dtype)
+
+    hooks = _kept.setdefault(component, _Kept()).hooks
+    hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
+    hooks.append(module.register_forward_hook(narrow))
+    if module is component:
+        # Pipelines make their latents in a component's dtype, which is that of its first parameter.
+        component.register_parameter(_DTYPE_MARK, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+
+
+def copies_of(component: nn.Module) -> dict[str, nn.Parameter]:
+    """The copies in a component by name, each once."""
+    names = _kept[component].originals
+    return {name: parameter for name, parameter in component.named_parameters() if name in names}
+
+
+def put_back(component: nn.Module) -> None:
+    """The originals in place of the copies, on the device that these are on."""
+    kept = _kept.pop(component, _Kept())
+    for hook in kept.hooks:
+        hook.remove()
+    if _DTYPE_MARK in component._parameters:
+        delattr(component, _DTYPE_MARK)
+    for name, original in kept.originals.items():
+        original.data = original.data.to(component.get_parameter(name).device)
+        _set(component, name, original)
+
+
+def _set(component: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(component.get_submodule(parent), child, parameter)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
