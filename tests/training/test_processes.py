@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from diffusekrona.training import CheckpointError, TrainingConfig, TrainingInterrupted
-from tests.training.processes import started
+from tests.training.processes import both
 from tests.training.runs import all_close, examples, same, trained
 
 CONFIG = TrainingConfig(max_train_steps=4, learning_rate=1e-2, checkpointing_steps=2, gradient_accumulation_steps=2)
@@ -28,28 +25,6 @@ def run(kind, config, **rest):
     others = examples(3, "a toy", seed=1) if kind == "class" else ()
     factors, losses = trained(config, images=examples(3), class_images=others, **rest)
     return {**factors, "losses": torch.tensor(losses)}
-
-
-def as_one_of_two(rank, port, work, folder):
-    """Do some work as one process of two."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    save_file(work(rank, folder), folder / f"{rank}.safetensors")
-
-
-def both(work, folder):
-    """What two processes make of some work, which get their number and a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [started(as_one_of_two, rank, port, work, folder) for rank in (0, 1)]
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
 def subject(rank, folder):

@@ -28,7 +28,7 @@ from .draws import seed_for
 from .errors import CheckpointError, TrainingConfigError, TrainingDivergedError, TrainingInterrupted
 from .families import family_of
 from .optimizers import optimizer_of, optimizer_state, restore_optimizer
-from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept
+from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept, sharding_of
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def fit(
     eval mode are as before when this returns or raises. With `ema_decay`, the parameters end as their averages.
 
     Started by accelerate in several processes, each computes its share of every batch, and gradients are averaged;
-    factors are those of one process with the same batch in all, but for rounding.
+    factors are those of one process with the same batch in all, but for rounding. With FSDP in its settings, the
+    denoiser's frozen weights are split meanwhile; they are lost if one process fails by itself.
 
     Args:
         pipe: a pipeline of a family that `families` has, in which nothing but `parameters` requires gradients.
@@ -152,11 +153,16 @@ def fit(
     with ExitStack() as borrowed:
         accelerator = borrowed.enter_context(accelerator_for(config.mixed_precision))
         borrowed.enter_context(random_state_kept(accelerator.device))
+        sharding = sharding_of(accelerator.state)
         borrowed.enter_context(modes_kept(modules))
         borrowed.callback(pipe.to, accelerator.device)
         for module in modules:
             module.train(module in trained)
-        family.denoiser.to(accelerator.device)
+        if sharding is None:
+            family.denoiser.to(accelerator.device)
+        else:  # the device may have no room for more than these
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(accelerator.device)
         sets = [("subject", images, 1.0)]
         if class_images:
             sets.append(("class", class_images, config.prior_loss_weight))
@@ -172,6 +178,10 @@ def fit(
         if resume:
             run.resume()
         run.finish(on_step)
+        if sharding is not None:
+            from .sharded import sharded  # which needs a newer PyTorch than the rest
+
+            borrowed.enter_context(sharded(pipe, family.denoiser, parameters.values(), sharding))
     return TrainingResult(
         tuple(run.losses), run.seconds, len(images), sum(p.numel() for p in parameters.values()), run.started_at
     )
@@ -203,7 +213,8 @@ class _Run:
             power=config.lr_power,
         )
         self._plain_optimizer = optimizer
-        self._optimizer: Any = accelerator.prepare(optimizer)
+        # Not `prepare`, which with FSDP takes an optimizer only beside its model.
+        self._optimizer: Any = accelerator.prepare_optimizer(optimizer)
         self._ema = None if config.ema_decay is None else EMAModel(parameters.values(), decay=config.ema_decay)
         self.losses: list[float] = []
         self.seconds = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from ..base import load_base
 from ..errors import KronAError
@@ -21,6 +21,7 @@ from .dreambooth import image_reduction, train_dreambooth, training_resolution
 from .loop import TrainingResult, TrainingStep
 from .prior import draw_class_images
 from .settings import Settings, settings_text
+from .runtime import sharding_of, this_process
 from .summary import model_card, run_page
 from .trackers import Trackers
 from .validation import Validation
@@ -62,16 +63,15 @@ def run(
     plan = image_plan(settings, training_resolution(pipe, data.resolution), image_reduction(pipe))
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
-    writes = PartialState().is_main_process
+    writes = this_process().is_main_process
     if writes:
         write_whole({output.run_folder / "settings.yaml": settings_text(settings).encode()})
-    observers = _Observers(pipe, settings) if writes else None
+    observers = _Observers(pipe, settings, writes)
 
     def after(done: TrainingStep) -> None:
-        if observers is not None:
-            observers(done)
-            if on_step is not None:
-                on_step(done)
+        observers(done)
+        if writes and on_step is not None:
+            on_step(done)
 
     try:
         result = train_dreambooth(
@@ -87,8 +87,7 @@ def run(
             keep_encoders=bool(output.validation_prompt),
         )
     finally:
-        if observers is not None:
-            observers.close()
+        observers.close()
     report = krona_report(pipe)
     saved = _save(pipe, settings, result, report) if writes else []
     return Outcome(result, report, saved, output.run_folder / "report.html")
@@ -100,26 +99,33 @@ class _Observers:
     def __init__(self, pipe: Any, settings: Settings) -> None:
         output = settings.output
         found = _checkpoints(settings).newest() if output.resume else None
-        self._trackers = Trackers(
-            output.run_folder / "tensorboard", settings.flat(), output.report_to, found.step if found else 0
+        self._trackers = (
+            Trackers(output.run_folder / "tensorboard", settings.flat(), output.report_to, found.step if found else 0)
+            if writes
+            else None
         )
         self._prompts, self._every = output.validation_prompt, output.validation_steps
         self._validation = Validation(
             pipe,
             self._prompts,
-            output.run_folder / "validation",
+            output.run_folder / "validation" if writes else None,
             seed=settings.training.seed,
             steps=output.validation_inference_steps,
             guidance_scale=output.validation_guidance_scale,
         )
 
     def __call__(self, done: TrainingStep) -> None:
-        self._trackers.step(done)
-        if self._prompts and (done.step % self._every == 0 or done.step == done.steps):
-            self._trackers.pictures(done.step, self._prompts, self._validation.draw(done.step))
+        due = self._prompts and (done.step % self._every == 0 or done.step == done.steps)
+        if self._trackers is not None:
+            self._trackers.step(done)
+            if due:
+                self._trackers.pictures(done.step, self._prompts, self._validation.draw(done.step))
+        elif due and sharding_of(AcceleratorState()) is not None:
+            self._validation.draw(done.step)  # the first process needs the weights that are here
 
     def close(self) -> None:
-        self._trackers.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _checkpoints(settings: Settings) -> Checkpoints:
@@ -195,7 +201,7 @@ def class_images(
     pipe: Any, settings: Settings, plan: ImagePlan, on_image: Callable[[int, int], None] | None
 ) -> list[TrainingImage]:
     """The images of others of the class, drawn where they are missing; none without prior preservation."""
-    prior, state = settings.prior, PartialState()
+    prior, state = settings.prior, this_process()
     if not prior.with_prior_preservation or prior.class_prompt is None:
         return []
     folder = prior.class_data_dir or settings.output.run_folder / "class"

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version
+from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import ShardingStrategy
 
 from .errors import TrainingConfigError
 
-_REPLICATED = (
+_POSSIBLE = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
     DistributedType.MULTI_MLU,
+    DistributedType.FSDP,
 )
-"""Each process has the whole model."""
+"""Each process has the whole model, or `sharded` splits it."""
+
+
+def this_process() -> PartialState:
+    """accelerate's state of this process, as its launcher says.
+
+    The others may have to wait long for the first one, which draws class images: hours, not accelerate's ten minutes.
+
+    Raises:
+        TrainingConfigError: it is set up for DeepSpeed, or takes each of several processes for the only one.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise TrainingConfigError(
+            "accelerate is set up for DeepSpeed, which is not possible here. In `accelerate config`, choose FSDP to "
+            "split the frozen weights over the processes, as ZeRO 3 would, or multi-GPU to have them whole in each."
+        )
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=12))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and state.num_processes == 1:
+        raise TrainingConfigError(
+            f"{started} processes were started, but accelerate finds no accelerator to use together, so each would "
+            "train and write by itself. To train on CPUs, set ACCELERATE_USE_CPU=true in the environment."
+        )
+    return state
 
 
 @contextmanager
@@ -31,9 +59,10 @@ def accelerator_for(mixed_precision: str) -> Iterator[Accelerator]:
 
     Raises:
         TrainingConfigError: the device cannot compute in this precision, the process already has an
-            accelerator of another precision, or accelerate is set up to split the model over processes.
+            accelerator of another precision, or accelerate is set up for what this trainer cannot do.
     """
     ours = not is_initialized()
+    this_process()
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
@@ -44,14 +73,50 @@ def accelerator_for(mixed_precision: str) -> Iterator[Accelerator]:
             raise TrainingConfigError(
                 f"mixed_precision='fp16' needs a GPU, and this is {accelerator.device}; use 'bf16' or 'no'."
             )
-        if accelerator.distributed_type not in _REPLICATED:
+        if accelerator.distributed_type not in _POSSIBLE:
             raise TrainingConfigError(
-                f"accelerate is set up for {accelerator.distributed_type.value}, which splits a model over processes; "
-                "this trainer keeps a whole one in each. Start it with `accelerate launch --multi_gpu` or without."
+                f"accelerate is set up for {accelerator.distributed_type.value}, which is not possible here; choose "
+                "multi-GPU or FSDP in `accelerate config`, or start without it."
             )
         yield accelerator
     finally:
         _forget(ours)
+
+
+def sharding_of(state: AcceleratorState) -> FullyShardedDataParallelPlugin | None:
+    """How accelerate's settings split a model over processes; None where each has the whole.
+
+    Both versions of FSDP are done by `fully_shard`: they differ in how models are wrapped, not in what is computed.
+
+    Raises:
+        TrainingConfigError: they ask for what is not possible here.
+    """
+    plugin: FullyShardedDataParallelPlugin | None = None
+    if state.distributed_type == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+    elif state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # accelerate passes this setting over on CPUs, where PyTorch can do it all the same.
+        plugin = FullyShardedDataParallelPlugin()
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
+    if plugin is None:
+        return None
+    if not is_torch_version(">=", "2.7"):
+        raise TrainingConfigError("Splitting a model with FSDP needs PyTorch 2.7 or newer; train without FSDP.")
+    strategy = plugin.sharding_strategy or plugin.reshard_after_forward
+    if strategy == ShardingStrategy.NO_SHARD:
+        return None
+    if strategy not in (True, False, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+        raise TrainingConfigError(
+            f"FSDP's {strategy.name} is not possible here; set fsdp_version: 2 and fsdp_reshard_after_forward: true in "
+            "accelerate's configuration."
+        )
+    if plugin.activation_checkpointing:
+        raise TrainingConfigError(
+            "FSDP's activation checkpointing is this trainer's gradient_checkpointing: set that, and "
+            "fsdp_activation_checkpointing: false in accelerate's configuration."
+        )
+    return plugin
 
 
 def _forget(ours: bool) -> None:

@@ -24,25 +24,27 @@ class Validation:
     Args:
         pipe: the pipeline.
         prompts: one picture of each.
-        folder: of the pictures and of the sheet, `sheet.png`.
+        folder: of the pictures and of the sheet, `sheet.png`; without it, nothing is kept.
         seed: of all pictures.
         steps: denoising steps.
         guidance_scale: how closely to follow the prompt.
     """
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], folder: Path, *, seed: int, steps: int, guidance_scale: float
+        self, pipe: Any, prompts: Sequence[str], folder: Path | None, *, seed: int, steps: int, guidance_scale: float
     ) -> None:
         self._pipe, self._prompts, self._folder, self._seed = pipe, list(prompts), folder, seed
         self._options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
 
-    @property
-    def sheet(self) -> Path:
-        """The file of the sheet."""
-        return self._folder / "sheet.png"
-
     def draw(self, step: int) -> list[Image.Image]:
         """Draw all prompts after a step, and the sheet anew."""
+        images = self._drawn_prompts()
+        if self._folder is not None:
+            write_whole({_file(self._folder, step, number): image_png(image) for number, image in enumerate(images)})
+            write_whole({self._folder / "sheet.png": self._drawn_sheet(self._folder)})
+        return images
+
+    def _drawn_prompts(self) -> list[Image.Image]:
         modules = [part for part in self._pipe.components.values() if isinstance(part, nn.Module)]
         homes = [(module, next(module.parameters()).device) for module in modules]
         device = next((device for _, device in homes if device.type != "cpu"), torch.device("cpu"))
@@ -51,29 +53,22 @@ class Validation:
                 module.eval()
             self._pipe.to(device)
             try:
-                images = generate_images(self._pipe, self._prompts, self._seed, **self._options)
+                return generate_images(self._pipe, self._prompts, self._seed, **self._options)
             finally:
                 for module, home in homes:
                     module.to(home)
-        files = {self._file(step, number): image_png(image) for number, image in enumerate(images)}
-        write_whole(files)
-        write_whole({self.sheet: self._drawn_sheet()})
-        return images
 
-    def _file(self, step: int, number: int) -> Path:
-        return self._folder / f"step-{step:08d}-{number}.png"
-
-    def _drawn_sheet(self) -> bytes:
+    def _drawn_sheet(self, folder: Path) -> bytes:
         """A row for each step and a column for each prompt."""
         from matplotlib.figure import Figure  # which takes 26 MB: only where something is drawn
 
-        steps = sorted({int(path.name.split("-")[1]) for path in self._folder.glob("step-*-*.png")})
+        steps = sorted({int(path.name.split("-")[1]) for path in folder.glob("step-*-*.png")})
         columns = range(len(self._prompts))
         figure = Figure(figsize=(2.2 * len(columns) + 0.6, 2.2 * len(steps) + 0.5), layout="constrained")
         grid = figure.subplots(len(steps), len(columns), squeeze=False)
         for row, step in zip(grid, steps, strict=True):
             for column, axes in zip(columns, row, strict=True):
-                if (file := self._file(step, column)).is_file():
+                if (file := _file(folder, step, column)).is_file():
                     with Image.open(file) as image:
                         axes.imshow(image)
                 axes.set(xticks=[], yticks=[])
@@ -81,3 +76,7 @@ class Validation:
         for prompt, axes in zip(self._prompts, grid[0], strict=True):
             axes.set_title(prompt, fontsize=8, wrap=True)
         return figure_png(figure)
+
+
+def _file(folder: Path, step: int, number: int) -> Path:
+    return folder / f"step-{step:08d}-{number}.png"
