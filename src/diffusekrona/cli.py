@@ -226,7 +226,7 @@ def evaluate(
         real, generated, drop_words=drop_word or [], base_images=base_images, adapted_images=adapted_images
     )
     place = torch.device(device) if device else default_device()
-    encoders = Encoders(clip, dino, device=place, batch_size=batch_size)
+    encoders = Encoders(clip if images.subjects else None, dino, device=place, batch_size=batch_size)
     with progress("Encoding", MofNCompleteColumn(), total=None) as show:
         result = evaluate_folders(encoders, images, lambda done, total: show(completed=done, total=total))
     result.write(*(output or []))

@@ -92,6 +92,15 @@ def test_transparent_images_lie_on_white(encoders: Encoders) -> None:
     assert found.dino.mean == pytest.approx(1, abs=1e-6)
 
 
+def test_transparent_files_lie_on_white(encoders: Encoders, tmp_path: Path) -> None:
+    for side, image in (("real", Image.new("RGB", (40, 40), "white")), ("out", Image.new("RGBA", (40, 40), "#f000"))):
+        (tmp_path / side).mkdir()
+        image.save(tmp_path / side / "a.png")
+    (tmp_path / "out" / "a.txt").write_text("a dog")
+    found = evaluate_folders(encoders, find_images(tmp_path / "real", tmp_path / "out"))
+    assert found.subjects[0].dino.mean == pytest.approx(1, abs=1e-6)
+
+
 def test_photographs_are_turned_upright_once(encoders: Encoders, tmp_path: Path) -> None:
     sideways, out = tmp_path / "real", tmp_path / "out"
     sideways.mkdir()
@@ -253,6 +262,15 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
         "| without the subject |  | 1 |  |  |  | 0.125 ± 0.000 |",
     ]
     assert EXAMPLE.table().row_count == 5
+
+
+def test_drift_alone_needs_no_clip(vit_folder: Path, folders: Path) -> None:
+    dino_only = Encoders(None, vit_folder)
+    found = evaluate_folders(dino_only, find_images(base_images=folders / "base", adapted_images=folders / "adapted"))
+    assert found.models == {"dino": str(vit_folder)}
+    assert found.drift is not None
+    with pytest.raises(EvaluationError, match="have no CLIP"):
+        evaluate_subject(dino_only, [noise(1)], [noise(2)], ["a dog"])
 
 
 def test_drift_alone_has_no_subjects() -> None:

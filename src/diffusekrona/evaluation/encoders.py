@@ -38,7 +38,8 @@ class Encoders:
     """CLIP and DINO, ready to turn images and prompts into features.
 
     Args:
-        clip: a CLIP model, a folder or an id on the hub, with "@" a revision of it: "owner/name@refs/pr/1".
+        clip: a CLIP model, a folder or an id on the hub, with "@" a revision of it: "owner/name@refs/pr/1"; None for
+            drift alone, which needs none.
         dino: the same of a self-supervised vision transformer with a class token (DINO, DINOv2, any ViT).
         device: where they run.
         batch_size: images or prompts per pass.
@@ -49,7 +50,7 @@ class Encoders:
 
     def __init__(
         self,
-        clip: str | Path = CLIP,
+        clip: str | Path | None = CLIP,
         dino: str | Path = DINO,
         *,
         device: torch.device | str = "cpu",
@@ -58,8 +59,19 @@ class Encoders:
         if batch_size < 1:
             raise EvaluationError(f"batch_size must be at least 1, not {batch_size}.")
         self.batch_size = batch_size
-        self.clip = ClipEncoder(clip, device)
+        self._clip = None if clip is None else ClipEncoder(clip, device)
         self.dino = DinoEncoder(dino, device)
+
+    @property
+    def clip(self) -> ClipEncoder:
+        """CLIP.
+
+        Raises:
+            EvaluationError: it was left out.
+        """
+        if self._clip is None:
+            raise EvaluationError("These encoders have no CLIP, so they measure drift alone; give Encoders a clip.")
+        return self._clip
 
     def image_features(self, images: Iterable[Image.Image]) -> tuple[Tensor, Tensor]:
         """CLIP's and DINO's features, (n, width) each; the images are taken a batch at a time, so they may be lazy."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..images import read_image, upright_rgb
 from . import metrics
-from .encoders import Encoders
+from .encoders import ClipEncoder, DinoEncoder, Encoders
 from .errors import EvaluationError
 from .folders import ImageFolders
 from .metrics import Score
@@ -95,10 +95,12 @@ def evaluate_folders(encoders: Encoders, images: ImageFolders, on_image: OnImage
         )
         for each in images.subjects
     ]
+    used: dict[str, ClipEncoder | DinoEncoder] = {"clip": encoders.clip} if images.subjects else {}
+    used["dino"] = encoders.dino
     base, adapted = [path for path, _ in images.pairs], [path for _, path in images.pairs]
     return Evaluation(
-        models={"clip": encoders.clip.source, "dino": encoders.dino.source},
-        revisions={"clip": encoders.clip.revision, "dino": encoders.dino.revision},
+        models={name: encoder.source for name, encoder in used.items()},
+        revisions={name: encoder.revision for name, encoder in used.items()},
         drop_words=images.drop_words,
         subjects=tuple(scores),
         drift=measure_drift(encoders, count(adapted), count(base)) if images.pairs else None,

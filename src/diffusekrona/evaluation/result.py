@@ -55,7 +55,7 @@ class Evaluation:
     """All that was measured.
 
     Attributes:
-        models: the encoders, "clip" and "dino", as they were asked for.
+        models: the encoders that were used, "clip" and "dino", as they were asked for.
         revisions: the hub's commit of each; None for a folder.
         drop_words: words left out of the prompts.
         subjects: their scores; empty where only drift was measured.
