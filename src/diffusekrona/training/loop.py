@@ -152,8 +152,8 @@ def fit(
     trained = [family.denoiser, *(text_encoders(pipe) if config.train_text_encoder else [])]
     with ExitStack() as borrowed:
         accelerator = borrowed.enter_context(accelerator_for(config.mixed_precision))
-        borrowed.enter_context(random_state_kept(accelerator.device))
         sharding = sharding_of(accelerator.state)
+        borrowed.enter_context(random_state_kept(accelerator.device))
         borrowed.enter_context(modes_kept(modules))
         borrowed.callback(pipe.to, accelerator.device)
         for module in modules:
@@ -177,11 +177,11 @@ def fit(
         run = _Run(sources, parameters, accelerator, config, folder, about or {})
         if resume:
             run.resume()
-        run.finish(on_step)
         if sharding is not None:
             from .sharded import sharded  # which needs a newer PyTorch than the rest
 
             borrowed.enter_context(sharded(pipe, family.denoiser, parameters.values(), sharding))
+        run.finish(on_step)
     return TrainingResult(
         tuple(run.losses), run.seconds, len(images), sum(p.numel() for p in parameters.values()), run.started_at
     )

@@ -20,8 +20,8 @@ from .data import ImagePlan, TrainingImage, load_dataset, load_folder
 from .dreambooth import image_reduction, train_dreambooth, training_resolution
 from .loop import TrainingResult, TrainingStep
 from .prior import draw_class_images
-from .settings import Settings, settings_text
 from .runtime import sharding_of, this_process
+from .settings import Settings, settings_text
 from .summary import model_card, run_page
 from .trackers import Trackers
 from .validation import Validation
@@ -94,9 +94,9 @@ def run(
 
 
 class _Observers:
-    """What looks at a run after each step: trackers, and pictures of validation prompts."""
+    """What looks at a run after each step: trackers, and pictures of validation prompts. The first process writes."""
 
-    def __init__(self, pipe: Any, settings: Settings) -> None:
+    def __init__(self, pipe: Any, settings: Settings, writes: bool) -> None:
         output = settings.output
         found = _checkpoints(settings).newest() if output.resume else None
         self._trackers = (
