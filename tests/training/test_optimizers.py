@@ -116,3 +116,25 @@ def test_a_missing_package_is_named_with_how_to_install_it(name, package, monkey
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(TrainingConfigError, match=f"'{name}' needs {package}: pip install {package}"):
         optimizer_of(parameters(), TrainingConfig(optimizer=name))
+
+
+def test_the_8_bit_states_of_several_large_parameters_can_be_saved_and_restored(tmp_path):
+    need("adamw8bit")
+    found = {name: nn.Parameter(torch.ones(4096)) for name in "ab"}  # below 4096 they stay 32 bits wide
+    config = TrainingConfig(optimizer="adamw8bit")
+    optimizer = optimizer_of(found, config)
+    for parameter in found.values():
+        parameter.grad = torch.linspace(-1, 1, 4096)
+    optimizer.step()
+    tensors, values = optimizer_state(optimizer)
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+    (tmp_path / "state.safetensors").write_bytes(safetensors_bytes(tensors, {}))
+    saved, _ = read_safetensors(tmp_path / "state.safetensors")
+    others = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in found.items()}
+    again = optimizer_of(others, config)
+    restore_optimizer(again, saved, values)
+    for one, some in ((optimizer, found), (again, others)):
+        for parameter in some.values():
+            parameter.grad = torch.linspace(1, -2, 4096)
+        one.step()
+    assert all(torch.equal(found[name], others[name]) for name in found)

@@ -68,7 +68,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     values: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
     for path, value in _leaves(state["state"]):
         if isinstance(value, Tensor):
-            tensors["/".join(path)] = value
+            # bitsandbytes shares its tables between parameters, and a file's tensors share nothing.
+            tensors["/".join(path)] = value.clone()
         else:
             values["state"]["/".join(path)] = value
     return tensors, values
