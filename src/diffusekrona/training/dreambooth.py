@@ -15,6 +15,7 @@ from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
 from .errors import TrainingConfigError
 from .families import family_of
+from .identity import base_identity
 from .loop import TrainingResult, TrainingStep, fit
 from .runtime import seeded
 
@@ -66,6 +67,7 @@ def train_dreambooth(
     config, krona_config = config or TrainingConfig(), krona_config or KronAConfig()
     about = {f"the adapter's {name}": value for name, value in krona_config.to_dict().items()}
     family_of(pipe)
+    about["the base model"] = base_identity(pipe)
     examples = _examples(images, prompt, plan or ImagePlan(training_resolution(pipe, None)))
     with seeded(config.seed, torch.device("cpu")):
         krona = inject_krona(pipe, krona_config, adapter_name=adapter_name, text_encoders=config.train_text_encoder)

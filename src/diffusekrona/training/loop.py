@@ -118,7 +118,8 @@ def fit(
     """Train parameters of a pipeline's denoiser, and of its text encoders if `config.train_text_encoder`.
 
     The pipeline is moved to accelerate's device. Its scheduler, its frozen weights and each module's train or
-    eval mode are as before when this returns or raises. With `ema_decay`, the parameters end as their averages.
+    eval mode are as before when this returns or raises. With `ema_decay`, the parameters end as their averages,
+    also where the user stops the run; a checkpoint has both.
 
     Started by accelerate in several processes, each computes its share of every batch, and gradients are averaged;
     factors are those of one process with the same batch in all, but for rounding. With FSDP in its settings, the
@@ -240,8 +241,12 @@ class _Run:
                 if on_step is not None:
                     on_step(self._report(rate, images))
                 if stop and len(self.losses) < self._config.max_train_steps:
+                    self._end_as_averages()
                     raise TrainingInterrupted(len(self.losses), self._newest_file)
         self._check_finite()
+        self._end_as_averages()
+
+    def _end_as_averages(self) -> None:
         if self._ema is not None:
             self._ema.copy_to(self._parameters.values())
 
