@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .components import (
@@ -29,7 +30,7 @@ from .components import (
     restore,
 )
 from .config import KronAConfig
-from .errors import AdapterFileError, AdapterNameError, MergeError
+from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
 from .formats import krona as krona_format
 from .formats.files import write_whole
 from .formats.hub import resolve
@@ -274,7 +275,13 @@ def _inject(
                 # A pattern may be meant for another component.
                 warnings.filterwarnings("ignore", r".*(factor|alpha)_pattern", RuntimeWarning)
             for part, component in adapter.components.items():
-                inject_adapter_in_model(copy.deepcopy(configs[part]), component, adapter.name)
+                try:
+                    inject_adapter_in_model(copy.deepcopy(configs[part]), component, adapter.name)
+                except NoMatchingPeftModuleError as error:
+                    raise ConfigError(
+                        f"target_modules fits no layer of the {part or type(component).__name__}: {error} It takes "
+                        "names, a regular expression that matches whole names, or a word such as 'attention'."
+                    ) from error
                 mark_adapted(component)
                 if tensors is not None:
                     _fill(component, adapter.name, tensors[part])
