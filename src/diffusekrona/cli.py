@@ -37,7 +37,7 @@ from .interchange.inspection import METHODS, inspect_file
 from .interchange.weights import merge_into_files
 from .options import factor_pattern, with_settings
 from .pipeline import inject_krona, load_krona, merge_krona
-from .progress import errors, progress, training_progress
+from .progress import class_images_progress, errors, progress, training_progress
 from .report import krona_report
 from .study.tables import counted, rows_of
 from .study.tables import rich_table as counts_table
@@ -45,7 +45,7 @@ from .study.tables import write_markdown as write_counts
 from .training import TrainingInterrupted
 from .training.plan import plan as plan_run
 from .training.plan import plan_table
-from .training.run import run
+from .training.run import run, train_command
 from .training.settings import Settings, read_settings
 
 console = Console()
@@ -53,7 +53,8 @@ console = Console()
 
 def _stopped(interrupt: KeyboardInterrupt) -> str:
     if isinstance(interrupt, TrainingInterrupted) and interrupt.checkpoint is not None:
-        return f"{interrupt} Its state is in {interrupt.checkpoint}; the same command with --resume goes on from there."
+        again = train_command(interrupt.checkpoint.parents[1], resume=True)
+        return f"{interrupt} Its state is in {interrupt.checkpoint}. To go on from there:\n{again}"
     return "Stopped before the end."
 
 
@@ -67,7 +68,7 @@ class _Commands(TyperGroup):
             errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
-            errors.print(_stopped(interrupt), soft_wrap=True)
+            errors.print(escape(_stopped(interrupt)), soft_wrap=True, highlight=False)
             raise typer.Exit(130) from interrupt
 
 
@@ -115,8 +116,8 @@ def train(
     if plan:
         console.print(plan_table(plan_run(settings)))
         return
-    with training_progress(settings.training.max_train_steps) as on_step:
-        outcome = run(settings, on_step)
+    with class_images_progress() as on_class_image, training_progress(settings.training.max_train_steps) as on_step:
+        outcome = run(settings, on_step, on_class_image)
     if not outcome.saved:  # by another process
         return
     result, report = outcome.result, outcome.report

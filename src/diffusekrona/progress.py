@@ -13,7 +13,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -24,14 +23,16 @@ errors = Console(stderr=True)
 
 @contextmanager
 def progress(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Callable[..., None]]:
-    """A bar that its first update shows, so that an error before that stands alone."""
-    bar = Progress(TextColumn(title), BarColumn(), *columns, TimeRemainingColumn(), console=errors)
+    """A bar that its first update shows, so that an error before that stands alone; once full, it makes room."""
+    bar = Progress(TextColumn(title), BarColumn(None), *columns, TimeRemainingColumn(), console=errors)
     task = bar.add_task("", start=False, **fields)
 
     def update(**values: Any) -> None:
         bar.start()
         bar.start_task(task)
         bar.update(task, **values)
+        if bar.finished:
+            bar.stop()
 
     try:
         yield update
@@ -42,7 +43,17 @@ def progress(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Ca
 
 @contextmanager
 def training_progress(steps: int) -> Iterator[Callable[[TrainingStep], None]]:
-    """A bar for `train_dreambooth`'s `on_step`: steps, recent loss, time gone and time left."""
-    columns = (MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TextColumn("left"))
-    with progress("Training", *columns, total=steps, loss="") as show:
-        yield lambda done: show(completed=done.step, loss=f"{done.average:.4f}")
+    """A bar for `train_dreambooth`'s `on_step`: steps, recent loss, learning rate, speed, and time left."""
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TextColumn("left"))
+    with progress("Training", *columns, total=steps, said="") as show:
+        yield lambda done: show(
+            completed=done.step,
+            said=f"loss {done.average:.4f} lr {done.learning_rate:.1e} {done.images_per_second:.3g} images/s",
+        )
+
+
+@contextmanager
+def class_images_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for `run`'s `on_class_image`: how many class images there are, and time left."""
+    with progress("Class images", MofNCompleteColumn(), TextColumn("left"), total=None) as show:
+        yield lambda done, count: show(completed=done, total=count)

@@ -143,7 +143,7 @@ def test_class_images_that_are_there_count(place: Path, tmp_path: Path) -> None:
             ),
             on_class_image=lambda done, count: drawn.append((done, count)),
         )
-    assert drawn == [(3, 4), (4, 4)]
+    assert drawn == [(1, 4), (3, 4), (4, 4)]
     names = {path.name for path in (tmp_path / "class").iterdir()}
     assert names == {"own.jpg", *(f"class-{number:05d}.png" for number in range(3))}
     pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "class").glob("*.png"))]
@@ -184,6 +184,13 @@ def test_a_run_is_not_resumed_with_another_adapter(place: Path, tmp_path: Path, 
     run(settings(place, tmp_path / "toy", **given))
     with pytest.raises(CheckpointError, match="the adapter's"):
         run(settings(place, tmp_path / "toy", **{**given, **change}, resume=True))
+
+
+def test_a_run_is_not_resumed_on_another_base(place: Path, tmp_path: Path) -> None:
+    run(settings(place, tmp_path / "toy"))
+    tiny_sd_pipeline(seed=1).save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"of another run: the base model was '\w{16}' and is '\w{16}'\."):
+        run(settings(place, tmp_path / "toy", pretrained_model_name_or_path=str(tmp_path / "base"), resume=True))
 
 
 def test_another_run_is_not_resumed(place: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def draw_class_images(
         batch_size: images per pass.
         seed: of the first image; the next ones count up.
         device: where to draw; by default where the pipeline is.
-        on_image: called after each pass with how many there are and how many there will be.
+        on_image: called before the first pass and after each with how many there are and how many there will be.
 
     Returns:
         How many were drawn.
@@ -50,6 +50,8 @@ def draw_class_images(
     wanted = missing[: max(0, count - present)]
     if wanted and device is not None:
         pipe.to(device)
+    if wanted and on_image is not None:
+        on_image(present, count)
     for start in range(0, len(wanted), batch_size):
         names = wanted[start : start + batch_size]
         seeds = [seed + int(name[6:11]) for name in names]

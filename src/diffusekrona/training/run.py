@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +149,12 @@ def _save(pipe: Any, settings: Settings, result: TrainingResult, report: KronARe
         "final loss": f"{result.final_loss:.4f}",
     }
     prompt = data.instance_prompt or "the subject"
-    command = f"diffusekrona train --config {output.run_folder / 'settings.yaml'}"
     sheet = output.run_folder / "validation" / "sheet.png"
-    files = {output.run_folder / "report.html": run_page(prompt, command, facts, settings.flat(), result.losses, sheet)}
+    files = {
+        output.run_folder / "report.html": run_page(
+            prompt, train_command(output.run_folder), facts, settings.flat(), result.losses, sheet
+        )
+    }
     if not single:
         base, names = data.pretrained_model_name_or_path, [path.name for path in saved[1:]]
         files[output.output_dir / "README.md"] = model_card(base, prompt, type(pipe).__name__, facts, names)
@@ -158,6 +162,12 @@ def _save(pipe: Any, settings: Settings, result: TrainingResult, report: KronARe
     if output.push_to_hub is not None:
         _push(output.output_dir, output.push_to_hub, single)
     return saved
+
+
+def train_command(run_folder: Path, resume: bool = False) -> str:
+    """The command line that repeats a run by the settings in its folder, or goes on with it."""
+    command = f"diffusekrona train --config {shlex.quote(str(run_folder / 'settings.yaml'))}"
+    return f"{command} --resume" if resume else command
 
 
 def _push(path: Path, repository: str, single: bool) -> None:
