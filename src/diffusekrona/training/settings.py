@@ -193,6 +193,13 @@ class Settings:
     prior: PriorSettings
     output: OutputSettings
 
+    def __post_init__(self) -> None:
+        if self.output.also == "lokr" and self.adapter.num_terms > 1:
+            raise TrainingConfigError(
+                f"also 'lokr' cannot be: LoKr holds one product for each layer, and num_terms is "
+                f"{self.adapter.num_terms}. Leave one of them out."
+            )
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """From a flat list.
