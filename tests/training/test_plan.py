@@ -1,22 +1,33 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
 
 from diffusekrona import KronAConfig, inject_krona
 from diffusekrona.base import BaseModelError
+from diffusekrona.training import TrainingConfigError
+from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of
-from diffusekrona.training.plan import _Kept, plan
+from diffusekrona.training.plan import Plan, _Kept, plan
 from diffusekrona.training.settings import Settings
-from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.training.runs import examples
 
 
-@pytest.fixture(params=[tiny_sd_pipeline, tiny_sdxl_pipeline], ids=["sd", "sdxl"])
+@pytest.fixture(params=[tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_sd3_pipeline], ids=["sd", "sdxl", "sd3"])
 def base(request, tmp_path):
-    request.param().save_pretrained(tmp_path / "base")
-    (tmp_path / "images").mkdir()
+    return saved_base(request.param, tmp_path)
+
+
+def saved_base(build, folder):
+    """A pipeline, saved in a folder beside three images, and the folder."""
+    pipe = build()
+    pipe.save_pretrained(folder / "base")
+    (folder / "images").mkdir()
     for number in range(3):
-        Image.new("RGB", (40, 40)).save(tmp_path / "images" / f"{number}.png")
-    return request.param(), tmp_path
+        Image.new("RGB", (40, 40)).save(folder / "images" / f"{number}.png")
+    return pipe, folder
 
 
 def settings(folder, **values):
@@ -25,24 +36,83 @@ def settings(folder, **values):
     return Settings.of({**dict(zip(names, map(str, given.values()), strict=True)), "a1": 4, "a2": 8, **values})
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_plan_is_what_a_real_pass_trains_and_at_least_what_it_keeps(base, batch):
-    pipe, folder = base
-    found = plan(settings(folder, train_batch_size=batch))
-    krona = inject_krona(pipe, KronAConfig(a1=4, a2=8))
-    family = family_of(pipe)
-    pipe.unet.train()
-    kept = _Kept(pipe.unet)
+def trained_modules(pipe, training):
+    return [family_of(pipe).denoiser, *(text_encoders(pipe) if training.train_text_encoder else [])]
+
+
+def kept_bytes(pipe, chosen):
+    """What a real step's forward pass keeps for the backward pass."""
+    training = chosen.training
+    half = {"bf16": torch.bfloat16, "no": torch.float32}[training.mixed_precision]
+    where = SimpleNamespace(
+        device=torch.device("cpu"),
+        process_index=0,
+        num_processes=1,
+        autocast=lambda: torch.autocast("cpu", half, enabled=half != torch.float32),
+    )
+    source = Batches("subject", pipe, family_of(pipe), examples(3), training, where)
+    modules = trained_modules(pipe, training)
+    for module in modules:
+        module.train()
+    kept = _Kept(modules)
     with kept.counting():
-        latents = torch.zeros(batch, 4, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
-        family.predict(latents, torch.zeros(batch, dtype=torch.long), family.example(batch), torch.zeros(batch, 6))
+        loss = source.loss(0)
+    del loss
+    return kept.bytes
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"train_batch_size": 3}, {"train_batch_size": 2, "train_text_encoder": True}, {"mixed_precision": "bf16"}],
+    ids=["frozen", "text", "bf16"],
+)
+def test_a_plan_is_what_a_real_step_trains_and_at_least_what_it_keeps(base, values):
+    pipe, folder = base
+    chosen = settings(folder, **values)
+    found = plan(chosen)
+    krona = inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=chosen.training.train_text_encoder)
+    kept = kept_bytes(pipe, chosen)
     # The fused step, which looks into no tensors without numbers, keeps less; with factors this small, a third.
-    assert kept.bytes <= found.activations < 1.6 * kept.bytes
+    assert kept <= found.activations < 1.6 * kept
     assert found.parameters == sum(factor.numel() for factor in krona.parameters())
-    assert found.weights == sum(
-        weight.nbytes for name, weight in pipe.unet.named_parameters() if "krona_" not in name
-    ) + 4 * sum(factor.numel() for factor in krona.parameters())
-    assert (found.images, found.steps_per_epoch) == (3, 3 / batch)
+    modules = trained_modules(pipe, chosen.training)
+    assert found.weights == sum(weight.nbytes for module in modules for weight in module.parameters())
+    assert (found.images, found.steps_per_epoch) == (3, 3 / chosen.training.train_batch_size)
+
+
+def test_text_encoders_that_are_trained_keep_activations_too(base):
+    pipe, folder = base
+    frozen, trained = plan(settings(folder)), plan(settings(folder, train_text_encoder=True))
+    inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=True)
+    kept = _Kept(text_encoders(pipe))
+    with kept.counting():
+        said = family_of(pipe).encode(["a sks toy"], torch.device("cpu"))
+    assert all(tensor.requires_grad for tensor in said.values())
+    assert kept.bytes <= trained.activations - frozen.activations < 4 * kept.bytes
+
+
+def test_encoders_are_there_before_the_first_step_or_in_every_one(base):
+    pipe, folder = base
+    texts = sum(weight.nbytes for encoder in text_encoders(pipe) for weight in encoder.parameters())
+    both = texts + sum(weight.nbytes for weight in pipe.vae.parameters())
+    plain, uncached = plan(settings(folder)), plan(settings(folder, cache="none"))
+    assert (plain.encoders, uncached.encoders) == (both, 0)
+    assert uncached.weights == plain.weights + both
+    assert plan(settings(folder, train_text_encoder=True)).encoders == both - texts
+
+
+def test_the_peak_is_that_of_a_step_or_of_the_encoders():
+    parts = {"parameters": 1, "share": 1.0, "images": 1, "steps_per_epoch": 1.0, "epochs": 1.0}
+    assert Plan(**parts, encoders=5, weights=1, state=1, activations=1).memory == 5
+    assert Plan(**parts, encoders=5, weights=2, state=2, activations=2).memory == 6
+
+
+def test_images_are_those_of_the_trainer_patches_counted(tmp_path):
+    _, folder = saved_base(tiny_sd3_pipeline, tmp_path)
+    with pytest.raises(TrainingConfigError, match="not divisible by 8"):
+        plan(settings(folder, resolution=36))
+    larger = plan(settings(folder, resolution=128)).activations
+    assert larger > 1.4 * plan(settings(folder)).activations
 
 
 def test_checkpointing_and_a_half_precision_base_take_less(base):

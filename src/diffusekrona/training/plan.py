@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,15 +20,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..architectures import default_dtype
 from ..base import BaseModelError, base_configs
-from ..components import adaptable_components
 from ..interchange.weights import folder_components
 from ..pipeline import inject_krona
+from .batches import text_encoders
+from .config import TrainingConfig
+from .dreambooth import image_reduction, training_resolution
 from .families import family_of
 from .run import image_plan, training_images
 from .settings import Settings
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """Bytes of an optimizer's state for each parameter."""
+
+T5_TOKENS = 256
+"""Of a prompt, as Stable Diffusion 3's pipeline takes it."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,11 @@ class Plan:
         images: of the subject, repeats counted.
         steps_per_epoch: optimizer steps in which each image is seen once, in one process.
         epochs: how often each image is seen.
+        encoders: bytes of the models that run before the first step only, none where they run in each one.
         weights: bytes of the models that are run in each step.
         state: bytes of factors, gradients, the optimizer's state and averages.
-        activations: bytes that the denoiser's forward pass keeps for the backward pass, and that one recomputed block
-            takes; somewhat too many, as the fused step is not used here. Text encoders' do not count.
+        activations: bytes that a forward pass of the denoiser, and of text encoders that are trained, keeps for the
+            backward pass, and that one recomputed block takes; somewhat too many, as the fused step is not used here.
     """
 
     parameters: int
@@ -50,14 +58,18 @@ class Plan:
     images: int
     steps_per_epoch: float
     epochs: float
+    encoders: int
     weights: int
     state: int
     activations: int
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak of a step, without what the device's libraries take for themselves."""
-        return self.weights + self.state + self.activations
+        """Bytes at the peak on the device: of a step, or of encoding before it where the encoders are larger.
+
+        Without what the device's libraries take for themselves, and what an encoder computes with.
+        """
+        return max(self.weights + self.state + self.activations, self.encoders)
 
 
 def plan_table(found: Plan) -> Table:
@@ -71,6 +83,7 @@ def plan_table(found: Plan) -> Table:
         ("  frozen weights", decimal(found.weights)),
         ("  kept for the backward pass", decimal(found.activations)),
         ("  factors, gradients, optimizer", decimal(found.state)),
+        ("memory before the first step", f"{decimal(found.encoders)}, of encoders that the steps do not need"),
     ):
         table.add_row(name, value)
     return table
@@ -84,36 +97,19 @@ def plan(settings: Settings) -> Plan:
     """
     data, training = settings.data, settings.training
     folder = base_configs(data.pretrained_model_name_or_path)
-    vae = _vae_config(folder)
-    reduction = 2 ** (len(vae["block_out_channels"]) - 1)
     with FakeTensorMode(), default_dtype(getattr(torch, data.dtype)):
-        parts = folder_components(folder, device="cpu")
-        pipe: Any = SimpleNamespace(
-            components=parts, vae=SimpleNamespace(config=SimpleNamespace(**vae)), scheduler=True, tokenizer=True,
-            tokenizer_2=True, encode_prompt=True, **parts,
-        )  # fmt: skip
-        family = family_of(pipe)
-        denoiser: Any = family.denoiser
-        adapted = adaptable_components(pipe) if training.train_text_encoder else {"": denoiser}
-        of_base = sum(p.numel() for module in adapted.values() for p in module.parameters())
+        pipe = _pipeline(folder)
+        denoiser = family_of(pipe).denoiser
+        encoders = text_encoders(pipe)
+        trained = [denoiser, *(encoders if training.train_text_encoder else [])]
+        of_base = sum(p.numel() for module in trained for p in module.parameters())
         krona = inject_krona(pipe, settings.adapter.config(), text_encoders=training.train_text_encoder)
-        side = data.resolution or denoiser.config.sample_size * reduction
-        images = training_images(settings, image_plan(settings, side, reduction))
-        weights = sum(p.nbytes for module in adapted.values() for p in module.parameters())
-        latents = torch.empty(
-            training.train_batch_size, vae["latent_channels"], side // reduction, side // reduction, dtype=family.dtype
-        )
-        denoiser.train()
-        activations = _kept(
-            denoiser,
-            lambda: family.predict(
-                latents,
-                torch.zeros(len(latents), dtype=torch.long),
-                family.example(len(latents)),
-                torch.empty(len(latents), 6),
-            ),
-            training.gradient_checkpointing,
-        )
+        side = training_resolution(pipe, data.resolution)
+        images = training_images(settings, image_plan(settings, side, image_reduction(pipe)))
+        texts = min(training.train_batch_size, len({image.prompt for image in images}))
+        activations = _kept(trained, partial(_forward, pipe, training, side // pipe.vae_scale_factor, texts), training)
+        idle = [module for module in (pipe.vae, *encoders) if module not in trained]
+        weights, others = _bytes(trained), _bytes(idle)
     parameters = sum(p.numel() for p in krona.parameters())
     per_parameter = 8 + MOMENTS[training.optimizer] + (4 if training.ema_decay is not None else 0)
     per_step = training.train_batch_size * training.gradient_accumulation_steps
@@ -123,10 +119,44 @@ def plan(settings: Settings) -> Plan:
         images=len(images),
         steps_per_epoch=len(images) / per_step,
         epochs=training.max_train_steps * per_step / len(images),
-        weights=weights,
+        encoders=0 if training.cache == "none" else others,
+        weights=weights + (others if training.cache == "none" else 0),
         state=parameters * per_parameter,
         activations=activations,
     )
+
+
+def _pipeline(folder: Path) -> Any:
+    """What `family_of` and the trainer ask of a pipeline, from its configurations."""
+    config = _vae_config(folder)
+    parts: dict[str, Any] = {**folder_components(folder, device="cpu"), "vae": AutoencoderKL.from_config(config)}
+    return SimpleNamespace(
+        components=parts, vae_scale_factor=2 ** (len(config["block_out_channels"]) - 1),
+        scheduler=True, tokenizer=True, tokenizer_2=True, encode_prompt=True, **parts,
+    )  # fmt: skip
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list[Tensor]:
+    """A step's forward pass on latents of so many elements a side, and as many texts; all that comes out of it."""
+    family, count = family_of(pipe), training.train_batch_size
+    latents = torch.empty(count, pipe.vae.config.latent_channels, side, side, dtype=family.dtype)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(training.mixed_precision)
+    with torch.autocast("cpu", half, enabled=half is not None):
+        said = [_encoded(encoder, texts) for encoder in text_encoders(pipe)] if training.train_text_encoder else []
+        example = {name: tensor.requires_grad_(bool(said)) for name, tensor in family.example(count).items()}
+        levels, sizes = torch.zeros(count, dtype=torch.long), torch.empty(count, 6)
+        return [family.predict(latents, levels, example, sizes), *said]
+
+
+def _encoded(encoder: Any, texts: int) -> Tensor:
+    """What a text encoder says of as many tokens as the families' `encode` gives it."""
+    tokens = getattr(encoder.config, "max_position_embeddings", T5_TOKENS)
+    said: Tensor = encoder(torch.zeros(texts, tokens, dtype=torch.long), output_hidden_states=True)[0]
+    return said
 
 
 def _vae_config(folder: Path) -> dict[str, Any]:
@@ -137,22 +167,25 @@ def _vae_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _kept(denoiser: Any, forward: Callable[[], Tensor], checkpointing: bool) -> int:
+def _kept(modules: Sequence[Any], forward: Callable[[], Any], training: TrainingConfig) -> int:
     """Bytes that a forward pass keeps, and with checkpointing the most that a block keeps while it is recomputed."""
-    whole, blocks = _Kept(denoiser), [0]
+    whole, blocks = _Kept(modules), [0]
 
     def block(function: Any, *inputs: Any) -> Any:
         for tensor in inputs:
             if isinstance(tensor, Tensor):
                 whole.keep(tensor)
-        inside = _Kept(denoiser)
+        inside = _Kept(modules)
         with inside.counting():
             outputs = function(*inputs)
         blocks.append(inside.bytes)
         return outputs
 
-    if checkpointing:
-        denoiser.enable_gradient_checkpointing(block)
+    for module in modules:
+        module.train()
+        if training.gradient_checkpointing:
+            # The name by which both Diffusers' and transformers' models take another function.
+            module._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=block)
     with whole.counting():
         forward()
     return whole.bytes + max(blocks)
@@ -161,8 +194,8 @@ def _kept(denoiser: Any, forward: Callable[[], Tensor], checkpointing: bool) -> 
 class _Kept:
     """What is kept for the backward pass: each memory once, and a module's own weights not."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._own = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
         self._seen: dict[int, Tensor] = {}
 
     def keep(self, tensor: Tensor) -> Tensor:
