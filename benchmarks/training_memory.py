@@ -136,7 +136,7 @@ def run_measured(told: Path, program: Sequence[str]) -> None:
     def stepped() -> None:
         peaks.steps = _resident_peak()
 
-    UNet2DConditionModel.forward = _around(UNet2DConditionModel.forward, before=begin)  # type: ignore[method-assign]
+    UNet2DConditionModel.forward = _around(UNet2DConditionModel.forward, before=begin)
     torch.optim.AdamW.step = _around(torch.optim.AdamW.step, after=stepped)  # type: ignore[method-assign]
     sys.argv = list(program)
     try:
