@@ -95,23 +95,27 @@ def test_without_shift_it_is_the_layer_bit_for_bit(kind, dtype):
     assert torch.equal(wrapped(x), layer(x))
 
 
-@EACH
-def test_no_copy_of_the_weight_is_kept_for_the_backward_pass(kind):
+@pytest.mark.parametrize("kind", ["wide", "tall", "conv", "conv1d", "grouped", "layer norm"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_no_copy_of_the_weight_is_kept_for_the_backward_pass(kind, autocast):
     layer, x = made(kind)
-    wrapped = SpectralLayer(layer)
-    kept = []
+    wrapped, x = SpectralLayer(layer.float()), x.float().requires_grad_(True)
+    held, dtypes = [], []
+    real = wrapped._computed_in
 
-    def note(tensor):
-        kept.append(tensor)
-        return tensor
+    def noted(*args):
+        weight = real(*args)
+        held.append(weight.untyped_storage()._weak_ref())
+        dtypes.append(weight.dtype)
+        return weight
 
-    known = {t.untyped_storage().data_ptr() for t in (x, layer.weight, wrapped.U, wrapped.Vh, wrapped.S)}
-    x = x if x.dtype == torch.int64 else x.requires_grad_(True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    wrapped._computed_in = noted
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = wrapped(x)
-    new = [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in known and t.dim() > 1]
-    assert not [shape for shape in new if torch.Size(shape).numel() == layer.weight.numel()], new
-    y.sum().backward()
+    assert [torch.UntypedStorage._expired(one) for one in held] == [True]
+    # Where autocast would make its own copy, it has to be made before.
+    assert dtypes == [torch.bfloat16 if autocast and kind != "layer norm" else torch.float32]
+    y.float().sum().backward()
     assert wrapped.delta.grad is not None
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from diffusekrona.cli import app
+from diffusekrona.config import KronAConfig
 from diffusekrona.errors import KronAError
 from diffusekrona.methods import KronA
 from diffusekrona.study.tables import (
@@ -38,7 +39,7 @@ def rows():
 def sizes():
     """(d, h) of the layers that SDXL's adapters are in."""
     unet = components_of("sdxl")["unet"]
-    return [(layer.out_features, layer.in_features) for layer in target_layers(unet, KronA()._config()).values()]
+    return [(layer.out_features, layer.in_features) for layer in target_layers(unet, KronAConfig()).values()]
 
 
 def found(rows, table):

@@ -16,7 +16,7 @@ class SVDiff(Method):
     """Spectral shifts δ of all linear layers, convolutions, norms and embeddings (Han et al., 2023); biases stay.
 
     A norm's weights are a matrix of one row, with one singular value. That and which layers take part are as in the
-    public implementation, since the authors' own was never published; there norms get a lower learning rate of their
+    public implementation, since the authors published none; there norms get a lower learning rate of their
     own, here all get the same. The singular vectors are computed anew for each pipeline: a file fits only its base.
     """
 
