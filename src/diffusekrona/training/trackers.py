@@ -21,7 +21,7 @@ class Trackers:
     """Where a run's progress is written.
 
     Args:
-        folder: of TensorBoard's files.
+        folder: of TensorBoard's files; those of Weights & Biases go beside it.
         settings: of the run.
         report_to: "wandb" for Weights & Biases, too.
         resumed_at: the step that the run goes on from; what TensorBoard has of later ones is hidden.
@@ -38,7 +38,7 @@ class Trackers:
                 raise TrainingConfigError("report_to 'wandb' needs the package: pip install wandb.")
             import wandb
 
-            self._wandb = wandb.init(project="diffusekrona", config=dict(settings))
+            self._wandb = wandb.init(project="diffusekrona", config=dict(settings), dir=str(folder.parent))
 
     def step(self, done: TrainingStep) -> None:
         """Write down a step."""
