@@ -1,0 +1,63 @@
+"""The settings of `examples/settings` against the paper: what they train, and that a run of them can be planned."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusekrona.architectures import build
+from diffusekrona.training.plan import plan
+from diffusekrona.training.settings import Settings, read_settings
+
+RECIPES = Path(__file__).parents[2] / "examples" / "settings"
+PARTS = {
+    "sd15": {"unet": "sd15", "text_encoder": "sd15-text-encoder"},
+    "sdxl": {"unet": "sdxl", "text_encoder": "sd15-text-encoder", "text_encoder_2": "sdxl-text-encoder-2"},
+}
+PAPERS = {
+    "sd15.yaml": ("sd15", 520_928),  # Table 2: 0.52 M
+    "sd15-small.yaml": ("sd15", 328_048),  # Table 4: 0.32 M
+    "sdxl.yaml": ("sdxl", 3_874_560),  # Table 2: 3.8 M
+}
+
+
+@pytest.mark.parametrize("recipe", PAPERS)
+def test_a_recipe_trains_as_many_parameters_as_the_paper_says_with_its_settings(recipe, tmp_path):
+    kind, expected = PAPERS[recipe]
+    given = read_settings(RECIPES / recipe)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{number}.png")
+    places = {"instance_data_dir": tmp_path / "images", "output_dir": tmp_path / "out"}
+    found = Settings.of({**given, **places, "pretrained_model_name_or_path": str(configs_only(kind, tmp_path))})
+    assert (found.training.max_train_steps, found.training.learning_rate) == (1000, 5e-4)
+    assert found.adapter.a2 == 64
+    assert found.training.train_text_encoder == (kind == "sd15")
+    planned = plan(found)
+    assert planned.images == 3
+    assert planned.parameters == expected
+
+
+def configs_only(kind, folder):
+    """A base's folder without weights."""
+    base = folder / "base"
+    base.mkdir()
+    models = {part: build(name) for part, name in PARTS[kind].items()}
+    index = {part: ["library", type(model).__name__] for part, model in models.items()}
+    (base / "model_index.json").write_text(json.dumps(index))
+    for part, model in models.items():
+        save = model.save_config if part == "unet" else model.config.save_pretrained
+        save(base / part)
+    (base / "vae").mkdir()
+    (base / "vae" / "config.json").write_text(
+        json.dumps({"block_out_channels": [32, 64, 64, 64], "latent_channels": 4})
+    )
+    return base
+
+
+def test_every_recipe_is_tested_here_or_is_of_the_repositorys_own_base():
+    own = {
+        path.name for path in RECIPES.iterdir() if read_settings(path)["pretrained_model_name_or_path"][:6] == "models"
+    }
+    assert {path.name for path in RECIPES.iterdir()} == PAPERS.keys() | own
