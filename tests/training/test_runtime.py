@@ -41,13 +41,6 @@ def test_another_precision_than_the_hosts_is_refused(hosts_accelerator):
     assert is_initialized()
 
 
-def test_what_accelerate_shall_do_and_we_cannot_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(TrainingConfigError, match=r"DeepSpeed.*choose FSDP"), accelerator_for("no"):
-        pass
-    assert not is_initialized()
-
-
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (

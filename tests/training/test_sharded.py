@@ -27,12 +27,14 @@ OLD = {
     "FSDP_MIN_NUM_PARAMS": "5000",
     "FSDP_OFFLOAD_PARAMS": "true",
 }
+ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 ALL_AT_ONCE = {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}
 RUNS = {
     "by blocks": (BLOCKS, CONFIG, tiny_sd_pipeline),
     "recomputing activations": (BLOCKS, replace(CONFIG, gradient_checkpointing=True), tiny_sd3_pipeline),
     "all at once, with text encoders": (ALL_AT_ONCE, replace(CONFIG, train_text_encoder=True), tiny_sd_pipeline),
     "version 1, by size, offloaded": (OLD, CONFIG, tiny_sd_pipeline),
+    "as DeepSpeed's ZeRO 3": (ZERO_3, CONFIG, tiny_sd_pipeline),
     "in half precision": (BLOCKS, replace(CONFIG, mixed_precision="bf16"), tiny_sd_pipeline),
 }
 
@@ -41,7 +43,7 @@ def with_fsdp(settings):
     """As accelerate's launcher passes them on."""
     for name in [name for name in os.environ if name.startswith("FSDP_")]:
         del os.environ[name]
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", **settings}
+    os.environ |= {"ACCELERATE_USE_FSDP": str(settings is not ZERO_3).lower(), **settings}
 
 
 def bytes_held(*models):
@@ -61,7 +63,7 @@ def one_run(settings, config, build):
 
     def look(done):
         stand_in = getattr(pipe, part)
-        assert isinstance(stand_in, FSDPModule) == ("FSDP_VERSION" in settings)
+        assert isinstance(stand_in, FSDPModule)
         held.append(bytes_held(model, stand_in) / all_of_it)
 
     losses = train(pipe, factors, config, look, images=examples(3)).losses

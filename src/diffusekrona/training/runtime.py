@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
 from .errors import TrainingConfigError
+from .zero import deepspeed_as_fsdp
 
 _POSSIBLE = (
     DistributedType.NO,
@@ -36,13 +37,9 @@ def this_process() -> PartialState:
     The others may have to wait long for the first one, which draws class images: hours, not accelerate's ten minutes.
 
     Raises:
-        TrainingConfigError: it is set up for DeepSpeed, or takes each of several processes for the only one.
+        TrainingConfigError: it takes each of several processes for the only one, or is set up as is not possible.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise TrainingConfigError(
-            "accelerate is set up for DeepSpeed, which is not possible here. In `accelerate config`, choose FSDP to "
-            "split the frozen weights over the processes, as ZeRO 3 would, or multi-GPU to have them whole in each."
-        )
+    deepspeed_as_fsdp()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and state.num_processes == 1:
