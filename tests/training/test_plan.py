@@ -63,13 +63,19 @@ def kept_bytes(pipe, chosen):
 
 @pytest.mark.parametrize(
     "values",
-    [{"train_batch_size": 3}, {"train_batch_size": 2, "train_text_encoder": True}, {"mixed_precision": "bf16"}],
-    ids=["frozen", "text", "bf16"],
+    [
+        {"train_batch_size": 3},
+        {"train_batch_size": 2, "train_text_encoder": True},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "dtype": "float32"},
+    ],
+    ids=["frozen", "text", "bf16", "bf16 on fp32"],
 )
 def test_a_plan_is_what_a_real_step_trains_and_at_least_what_it_keeps(base, values):
     pipe, folder = base
     chosen = settings(folder, **values)
     found = plan(chosen)
+    pipe.to(chosen.base_dtype)
     krona = inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=chosen.training.train_text_encoder)
     kept = kept_bytes(pipe, chosen)
     # The fused step, which looks into no tensors without numbers, keeps less; with factors this small, a third.

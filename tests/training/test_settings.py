@@ -2,6 +2,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,6 +199,23 @@ def test_a_missing_file_is_named():
         read_settings(Path("nowhere.yaml"))
 
 
-@pytest.mark.parametrize(("output", "folder"), [("toy", "toy/run"), ("out/toy.safetensors", "out/toy/run")])
+@pytest.mark.parametrize(
+    ("output", "folder"),
+    [("toy", "toy/run"), ("toy-v1.5", "toy-v1.5/run"), ("out/toy.safetensors", "out/toy/run")],
+)
 def test_checkpoints_go_beside_the_adapter(output, folder):
     assert settings(output_dir=output).output.run_folder == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"mixed_precision": "bf16"}, torch.bfloat16),
+        ({"mixed_precision": "fp16"}, torch.float16),
+        ({"mixed_precision": "bf16", "dtype": "float32"}, torch.float32),
+        ({"dtype": "float16"}, torch.float16),
+    ],
+)
+def test_the_base_is_of_the_type_that_products_are_computed_in(values, dtype):
+    assert settings(**values).base_dtype == dtype

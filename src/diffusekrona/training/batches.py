@@ -26,7 +26,7 @@ class Batches:
 
     Args:
         name: of the set, such as "subject".
-        pipe: the pipeline that is trained, its denoiser on the device to train on.
+        pipe: the pipeline that is trained, its encoders go to the device and back.
         family: of the pipeline.
         images: what to draw from; all are used equally often.
         config: batch size, the loss's weights, and whether the text encoders are trained.

@@ -97,7 +97,7 @@ def plan(settings: Settings) -> Plan:
     """
     data, training = settings.data, settings.training
     folder = base_configs(data.pretrained_model_name_or_path)
-    with FakeTensorMode(), default_dtype(getattr(torch, data.dtype)):
+    with FakeTensorMode(), default_dtype(settings.base_dtype):
         pipe = _pipeline(folder)
         denoiser = family_of(pipe).denoiser
         encoders = text_encoders(pipe)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from ..base import load_base
 from ..errors import KronAError
@@ -59,7 +59,7 @@ def run(
     make_room_for(output.output_dir)
     if not output.resume and not output.overwrite:
         _checkpoints(settings).check_free()
-    pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, data.dtype))
+    pipe = load_base(data.pretrained_model_name_or_path, settings.base_dtype)
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, data.resolution), image_reduction(pipe))
     images = training_images(settings, plan)
@@ -120,9 +120,13 @@ class _Observers:
         if self._trackers is not None:
             self._trackers.step(done)
             if due:
-                self._trackers.pictures(done.step, self._prompts, self._validation.draw(done.step))
+                self._trackers.pictures(done.step, self._prompts, self._drawn(done))
         elif due and sharding_of(AcceleratorState()) is not None:
-            self._validation.draw(done.step)  # the first process needs the weights that are here
+            self._drawn(done)  # the first process needs the weights that are here
+
+    def _drawn(self, done: TrainingStep) -> list[Image.Image]:
+        with done.averaged():
+            return self._validation.draw(done.step)
 
     def close(self) -> None:
         if self._trackers is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
 from ..config import ATTENTION, Init, KronAConfig
@@ -27,6 +28,9 @@ else:
 
 DType = Literal["float32", "float16", "bfloat16"]
 
+BASE_TYPES: dict[str, DType] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Of the base, for each mixed precision."""
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -34,7 +38,7 @@ class DataSettings:
 
     Args:
         pretrained_model_name_or_path: Base model: a Diffusers pipeline folder, or its id on the hub.
-        dtype: Type of the frozen base; the 16-bit ones take half the memory.
+        dtype: Type of the frozen base; by default that of mixed_precision, and the 16-bit ones take half the memory.
         instance_data_dir: Folder of 3 to 5 images; name.txt beside an image is its prompt.
         dataset_dir: In place of a folder of images, a Hugging Face dataset that save_to_disk wrote.
         image_column: The dataset's column of images.
@@ -48,7 +52,7 @@ class DataSettings:
     """
 
     pretrained_model_name_or_path: str
-    dtype: DType = "float32"
+    dtype: DType | None = None
     instance_data_dir: Path | None = None
     dataset_dir: Path | None = None
     image_column: str = "image"
@@ -162,7 +166,8 @@ class OutputSettings:
     @property
     def run_folder(self) -> Path:
         """Of all that is not the adapter."""
-        return (self.output_dir.with_suffix("") if self.output_dir.suffix else self.output_dir) / "run"
+        single = self.output_dir.suffix == ".safetensors"
+        return (self.output_dir.with_suffix("") if single else self.output_dir) / "run"
 
 
 SHORTER = {
@@ -223,6 +228,12 @@ class Settings:
         if missing:
             raise TrainingConfigError(f"Still to be given: {', '.join(missing)}.")
         return cls(*(_group(group, values) for group in GROUPS.values()))
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the frozen base: in another type than products are computed in, it would be rounded in each step."""
+        dtype: torch.dtype = getattr(torch, self.data.dtype or BASE_TYPES[self.training.mixed_precision])
+        return dtype
 
     def flat(self) -> dict[str, Any]:
         """All of them in one list, for a file that `read_settings` takes."""
