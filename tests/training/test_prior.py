@@ -41,13 +41,15 @@ def test_each_image_is_of_the_prompt_and_of_a_seed_of_its_own(pipe, tmp_path):
 
 def test_what_is_there_counts_and_is_not_drawn_again(pipe, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "own.JPG", "JPEG")
-    (tmp_path / "notes.md").write_text("not an image")
+    for other in ("notes.md", "._own.jpg"):
+        (tmp_path / other).write_text("not an image")
     Image.new("RGB", (8, 8)).save(tmp_path / "class-00001.png")
     before = (tmp_path / "class-00001.png").read_bytes()
     said = []
     assert draw_class_images(pipe, "a toy", tmp_path, 4, on_image=lambda *how: said.append(how)) == 2
     assert said == [(2, 4), (4, 4)]
-    assert names(tmp_path) == ["class-00000.png", "class-00001.png", "class-00002.png", "notes.md", "own.JPG"]
+    drawn = [f"class-0000{number}.png" for number in range(3)]
+    assert names(tmp_path) == ["._own.jpg", *drawn, "notes.md", "own.JPG"]
     assert (tmp_path / "class-00001.png").read_bytes() == before
     (drawn,) = generate_images(pipe, ["a toy"], [2], steps=2)
     with Image.open(tmp_path / "class-00002.png") as file:

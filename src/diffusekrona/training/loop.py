@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class TrainingStep:
         learning_rate: that this step used.
         seconds: since this run, or the part of it after it was resumed, began its first step.
         images_per_second: in that time, of all processes together.
+        averaged: with it, the parameters are for a while what they would end as now: with `ema_decay`, their averages.
     """
 
     step: int
@@ -66,6 +67,7 @@ class TrainingStep:
     learning_rate: float
     seconds: float
     images_per_second: float
+    averaged: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,6 @@ def fit(
         borrowed.callback(pipe.to, accelerator.device)
         for module in modules:
             module.train(module in trained)
-        if sharding is None:
-            family.denoiser.to(accelerator.device)
-        else:  # the device may have no room for more than these
-            for parameter in parameters.values():
-                parameter.data = parameter.data.to(accelerator.device)
         sets = [("subject", images, 1.0)]
         if class_images:
             sets.append(("class", class_images, config.prior_loss_weight))
@@ -173,6 +170,11 @@ def fit(
         ]
         if not keep_encoders:
             free_encoders(pipe, config)
+        if sharding is None:  # not before, so that the device never holds the encoders beside it
+            family.denoiser.to(accelerator.device)
+        else:  # the device may have no room for more than these
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(accelerator.device)
         if config.gradient_checkpointing:
             borrowed.enter_context(checkpointed(trained))
         run = _Run(sources, parameters, accelerator, config, folder, about or {})
@@ -250,6 +252,18 @@ class _Run:
         if self._ema is not None:
             self._ema.copy_to(self._parameters.values())
 
+    @contextmanager
+    def _averaged_meanwhile(self) -> Iterator[None]:
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(self._parameters.values())
+        self._ema.copy_to(self._parameters.values())
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters.values())
+
     def _step(self, interrupted: bool) -> bool:
         """One optimizer step; whether some process was asked to stop."""
         step = len(self.losses)
@@ -311,6 +325,7 @@ class _Run:
             rate,
             self.seconds,
             (done - self.started_at) * per_step / self.seconds,
+            self._averaged_meanwhile,
         )
 
     # Checkpoints

@@ -10,7 +10,7 @@ import torch
 
 from ..formats.files import write_whole
 from ..generation import generate_images
-from ..images import IMAGE_SUFFIXES
+from ..images import is_image
 from .pictures import image_png
 
 
@@ -43,7 +43,7 @@ def draw_class_images(
         How many were drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    present = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+    present = sum(is_image(path) for path in folder.iterdir())
     missing = [
         f"class-{number:05d}.png" for number in range(count) if not (folder / f"class-{number:05d}.png").exists()
     ]

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import nn
 
 from ..formats.files import write_whole
 from ..generation import generate_images
+from .drawing import ready_to_draw
 from .pictures import figure_png, image_png
-from .runtime import modes_kept
 
 
 class Validation:
@@ -45,18 +43,8 @@ class Validation:
         return images
 
     def _drawn_prompts(self) -> list[Image.Image]:
-        modules = [part for part in self._pipe.components.values() if isinstance(part, nn.Module)]
-        homes = [(module, next(module.parameters()).device) for module in modules]
-        device = next((device for _, device in homes if device.type != "cpu"), torch.device("cpu"))
-        with modes_kept(modules):
-            for module in modules:
-                module.eval()
-            self._pipe.to(device)
-            try:
-                return generate_images(self._pipe, self._prompts, self._seed, **self._options)
-            finally:
-                for module, home in homes:
-                    module.to(home)
+        with ready_to_draw(self._pipe):
+            return generate_images(self._pipe, self._prompts, self._seed, **self._options)
 
     def _drawn_sheet(self, folder: Path) -> bytes:
         """A row for each step and a column for each prompt."""
