@@ -39,9 +39,7 @@ from .options import factor_pattern, with_settings
 from .pipeline import inject_krona, load_krona, merge_krona
 from .progress import class_images_progress, errors, progress, training_progress
 from .report import krona_report
-from .study.tables import counted, rows_of
-from .study.tables import rich_table as counts_table
-from .study.tables import write_markdown as write_counts
+from .study.cli import commands as study_commands
 from .training import TrainingInterrupted
 from .training.plan import plan as plan_run
 from .training.plan import plan_table
@@ -73,8 +71,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
-study = typer.Typer(no_args_is_help=True, help="What the paper measured, measured again.")
-app.add_typer(study, name="study")
+app.add_typer(study_commands, name="study")
 
 
 class DType(str, Enum):
@@ -353,19 +350,6 @@ def merge(
     """Write a model with an adapter merged into its weights, for good."""
     layers = merge_into_files(base, adapter, output, weight)
     console.print(f"Wrote {escape(str(output))}: {layers} layers changed", soft_wrap=True)
-
-
-@study.command("tables")
-def study_tables(
-    table: Annotated[int | None, typer.Option(show_default="all", help="Just this one: 2, 4, 6, 7 or 8.")] = None,
-    output: Annotated[Path | None, typer.Option(show_default="none", help="A Markdown file to write.")] = None,
-) -> None:
-    """Count what each method trains, beside the counts that the paper prints, and say where they differ and why."""
-    rows = counted(rows_of(table))
-    console.print(counts_table(rows))
-    if output is not None:
-        write_counts(rows, output)
-        console.print(escape(str(output)), soft_wrap=True)
 
 
 @app.command()

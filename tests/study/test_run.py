@@ -13,7 +13,15 @@ from diffusekrona.study.studies import STUDIES
 from diffusekrona.study.study import Results
 
 SMALLER = {
-    "stability": {"learning_rates": [1e-3, 1e-1], "subjects": 2, "seeds": [0]},
+    "stability": {
+        "learning_rates": [1e-3, 1e-1],
+        "subjects": 1,
+        "seeds": [0],
+        "methods": {
+            "KronA": {"method": "krona", "a1": 2, "a2": 4},
+            "LoRA": {"method": "lora", "rank": 2},
+        },
+    },
     "methods": {
         "methods": {
             "KronA": {"method": "krona", "a1": 2, "a2": 4, "rates": [1e-3, 1e-1]},
@@ -28,7 +36,7 @@ SMALLER = {
     "images": {"images": [1, 2], "subjects": 1},
     "guidance": {"scales": [1.0, 2.0], "subjects": 1},
     "inference-steps": {"steps": [1, 2], "subjects": 1},
-    "init": {"subjects": 1},
+    "init": {"subjects": 1, "pairs": [["normal", "zeros"], ["kaiming_uniform", "kaiming_uniform"]]},
     "modules": {"subjects": 1},
     "rank": {"subjects": 1},
 }

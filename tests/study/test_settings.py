@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from diffusekrona.cli import app
 from diffusekrona.study.outlook import outlook
 from diffusekrona.study.run import chosen_study
 from diffusekrona.study.settings import StudySettings, StudySettingsError, Subject, read_study_settings
@@ -121,3 +124,33 @@ def test_what_measurements_share_is_all_but_what_cannot_change_them(settings):
     for changed in ({"base": "x"}, {"prompts": ("b {}",)}, {"training": {}}, {"image_seed": 3}, {"identifier": "zwx"}):
         assert of(**changed) != of()
     assert isinstance(settings, StudySettings)
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["study", *arguments])
+
+
+def test_the_command_measures_and_writes_a_page(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    values = {name: value for name, value in settings.shared().items() if name != "subjects"}
+    subjects = {name: vars(subject) for name, subject in settings.subjects.items()}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({**listed, "subjects": subjects}))
+    given = ("steps", "--config", str(tmp_path / "one.yaml"), "--output", str(tmp_path / "out"))
+    planned = command(*given, "--plan")
+    assert planned.exit_code == 0, planned.output
+    assert "models to train   3" in planned.output
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "one.yaml").write_text(
+        yaml.safe_dump({**listed, "subjects": subjects, "studies": {"steps": {"steps": [1], "subjects": 1}}})
+    )
+    done = command(*given, "--quick", "--workers", "1")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "quick" / "steps.md").is_file()
+    assert "1/1" in done.output
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    done = command("steps", "--config", str(tmp_path / "nowhere.yaml"))
+    assert done.exit_code == 1
+    assert "nowhere.yaml cannot be read" in " ".join(done.output.split())

@@ -26,7 +26,9 @@ commands = typer.Typer(no_args_is_help=True, help="What the paper measured, meas
 
 Config = Annotated[Path, typer.Option(help="YAML file of the base, the subjects and the prompts.")]
 Output = Annotated[Path, typer.Option(help="Folder of the measurements, and of pages and figures.")]
-Workers = Annotated[int, typer.Option(min=1, show_default="one for each core, one with a GPU", help="Processes.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, show_default="one for each core, one with a GPU", help="Processes.")
+]
 Seeds = Annotated[int | None, typer.Option(min=1, show_default="the study's own", help="Trainings of each arm.")]
 
 
@@ -47,7 +49,7 @@ def _add(kind: type[Study]) -> None:
     def command(
         config: Config = Path("studies/emoji.yaml"),
         output: Output = Path("studies/results"),
-        workers: Workers = 0,
+        workers: Workers = None,
         seeds: Seeds = None,
         quick_form: Annotated[
             bool,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from .cells import Arm
 from .study import SCORES, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666")
 
@@ -21,9 +22,11 @@ def along(
     log: bool = True,
 ) -> Figure:
     """Scores over the arms' `x`, a line for each series, with 95% intervals."""
+    from matplotlib.figure import Figure  # which takes 26 MB: only where something is drawn
+
     shown = [what for what in scores if any(results.found(arm, what) for arm in arms)]
     figure = Figure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(shown), squeeze=False)[0]
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, what in zip(panels, shown, strict=True):
         for number, series in enumerate(dict.fromkeys(arm.series for arm in arms)):
             line = sorted((arm for arm in arms if arm.series == series), key=lambda arm: arm.x or 0.0)
@@ -44,6 +47,8 @@ def along(
 
 def against(arms: Sequence[Arm], results: Results, x: str = "obeyed", y: str = "dino") -> Figure:
     """Each arm as a point of two scores, with 95% intervals: up and to the right is better."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     panel = figure.subplots()
     for number, arm in enumerate(arms):

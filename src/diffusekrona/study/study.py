@@ -6,14 +6,15 @@ import difflib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .cells import Arm, Cell, Spec
 from .records import Records
 from .settings import StudySettings, StudySettingsError
 from .statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

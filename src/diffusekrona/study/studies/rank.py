@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cells import Arm, View
 from ..figures import COLOURS
 from ..study import Page, Results, Study, arms_table, spec_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Rank(Study):
         return Page(arms_table(self.arms(), results, more), {"rank": self._drawn(results)})
 
     def _drawn(self, results: Results) -> Figure:
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6.0, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         labels = [arm.label for arm in self.arms()]
