@@ -9,7 +9,8 @@ from diffusekrona.base import BaseModelError
 from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of
-from diffusekrona.training.plan import Plan, _Kept, plan
+from diffusekrona.training.kept import Kept
+from diffusekrona.training.plan import Plan, plan
 from diffusekrona.training.settings import Settings
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import examples
@@ -54,7 +55,7 @@ def kept_bytes(pipe, chosen):
     modules = trained_modules(pipe, training)
     for module in modules:
         module.train()
-    kept = _Kept(modules)
+    kept = Kept(modules)
     with kept.counting():
         loss = source.loss(0)
     del loss
@@ -90,7 +91,7 @@ def test_text_encoders_that_are_trained_keep_activations_too(base):
     pipe, folder = base
     frozen, trained = plan(settings(folder)), plan(settings(folder, train_text_encoder=True))
     inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=True)
-    kept = _Kept(text_encoders(pipe))
+    kept = Kept(text_encoders(pipe))
     with kept.counting():
         said = family_of(pipe).encode(["a sks toy"], torch.device("cpu"))
     assert all(tensor.requires_grad for tensor in said.values())

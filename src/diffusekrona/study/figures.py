@@ -45,10 +45,11 @@ def along(
     return figure
 
 
-def against(arms: Sequence[Arm], results: Results, x: str = "obeyed", y: str = "dino") -> Figure:
-    """Each arm as a point of two scores, with 95% intervals: up and to the right is better."""
+def against(arms: Sequence[Arm], results: Results) -> Figure:
+    """Each arm as a point of fidelity and of how it follows the text, with 95% intervals: up and right is better."""
     from matplotlib.figure import Figure
 
+    x, y = "obeyed" if any(results.found(arm, "obeyed") for arm in arms) else "clip_t", "dino"
     figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     panel = figure.subplots()
     for number, arm in enumerate(arms):

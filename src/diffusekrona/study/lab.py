@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..training.data import ImagePlan, TrainingImage, load_folder
 from ..training.drawing import ready_to_draw
 from ..training.dreambooth import training_resolution
 from ..training.families import family_of
+from ..training.kept import Kept
 from ..training.loop import fit
 from ..training.runtime import seeded
 from .cells import Cell, View
@@ -31,6 +33,9 @@ from .spectrum import linear_weights, summary, updates
 
 BASE = "base"
 """In place of a method: the model as it is, which does not know the subject."""
+
+STATE = 12
+"""Bytes of a gradient and of AdamW's two moments for each trained number."""
 
 APART = 10_000
 """How far the seeds of pictures without the subject are from those of pictures with it."""
@@ -86,15 +91,24 @@ class Lab:
         config = self._settings.config({**spec.training, "max_train_steps": max(by_step), "seed": seed})
         images = self._real_images(cells[0].subject, spec.images)
         found: list[Record] = []
-        costs: dict[str, Any] = {"parameters": sum(p.numel() for p in parameters.values())}
+        trained = sum(p.numel() for p in parameters.values())
+        costs: dict[str, Any] = {"parameters": trained}
+        kept = Kept(part for part in self._pipe.components.values() if isinstance(part, nn.Module))
+        counting = ExitStack()
 
         def look(done: TrainingStep) -> None:
+            if done.step == 1:
+                counting.close()
+                costs["memory"] = kept.bytes + STATE * trained
+                kept.forget()
             for cell in by_step.get(done.step, []):
                 costs.update(seconds_per_step=done.seconds / done.step, bytes=self._saved_bytes(method))
                 found.append(Record(cell, {**costs, "loss": done.average, **self._scores(cell)}))
 
         try:
-            fit(self._pipe, images, parameters, config, on_step=look)
+            with counting:
+                counting.enter_context(kept.counting())
+                fit(self._pipe, images, parameters, config, on_step=look)
         except TrainingDivergedError:
             seen = {record.cell.key for record in found}
             found += [Record(cell, {**costs, "diverged": True}) for cell in cells if cell.key not in seen]

@@ -164,6 +164,16 @@ def arms_table(arms: Sequence[Arm], results: Results, more: Mapping[str, Callabl
     return "\n".join(lines)
 
 
+def difference_table(arms: Sequence[Arm], other: Arm, results: Results) -> str:
+    """A Markdown table of each arm's scores minus another's, subject by subject and seed by seed."""
+    shown = [what for what in SCORES if results.found(other, what)]
+    lines = [f"| minus {other.label} | {' | '.join(SCORES[what] for what in shown)} |", "|" + "---|" * (len(shown) + 1)]
+    for arm in arms:
+        values = [str(results.difference(arm, other, what)) for what in shown]
+        lines.append(f"| {arm.label} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def parameters(results: Results) -> Callable[[Arm], str]:
     """How many numbers an arm trains, for `arms_table`."""
     return lambda arm: f"{results.estimate(arm, 'parameters').mean:,.0f}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from .batches import text_encoders
 from .config import TrainingConfig
 from .dreambooth import image_reduction, training_resolution
 from .families import family_of
+from .kept import Kept
 from .run import image_plan, training_images
 from .settings import Settings
 
@@ -169,13 +169,13 @@ def _vae_config(folder: Path) -> dict[str, Any]:
 
 def _kept(modules: Sequence[Any], forward: Callable[[], Any], training: TrainingConfig) -> int:
     """Bytes that a forward pass keeps, and with checkpointing the most that a block keeps while it is recomputed."""
-    whole, blocks = _Kept(modules), [0]
+    whole, blocks = Kept(modules), [0]
 
     def block(function: Any, *inputs: Any) -> Any:
         for tensor in inputs:
             if isinstance(tensor, Tensor):
                 whole.keep(tensor)
-        inside = _Kept(modules)
+        inside = Kept(modules)
         with inside.counting():
             outputs = function(*inputs)
         blocks.append(inside.bytes)
@@ -189,26 +189,3 @@ def _kept(modules: Sequence[Any], forward: Callable[[], Any], training: Training
     with whole.counting():
         forward()
     return whole.bytes + max(blocks)
-
-
-class _Kept:
-    """What is kept for the backward pass: each memory once, and a module's own weights not."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._own = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-        self._seen: dict[int, Tensor] = {}
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Count a tensor."""
-        if tensor.untyped_storage()._cdata not in self._own:
-            self._seen[tensor.untyped_storage()._cdata] = tensor  # which keeps the number from being given anew
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        """In all."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
-
-    def counting(self) -> AbstractContextManager[Any]:
-        """Count all that autograd keeps meanwhile."""
-        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)

@@ -10,7 +10,7 @@ from ..cells import Arm, Cell
 from ..figures import against
 from ..records import Records
 from ..settings import StudySettings
-from ..study import Page, Results, Study, arms_table, parameters, quality, spec_of
+from ..study import Page, Results, Study, arms_table, difference_table, parameters, quality, spec_of
 
 ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
@@ -70,6 +70,7 @@ class Methods(Study):
         best = self._best(search)
         more = {
             "parameters": parameters(results),
+            "memory": lambda arm: f"{results.estimate(arm, 'memory').mean / 1e6:,.1f} MB",
             "file": lambda arm: f"{results.estimate(arm, 'bytes').mean / 1000:,.0f} kB",
             "ms a step": lambda arm: f"{1000 * results.estimate(arm, 'seconds_per_step').mean:.0f}",
         }
@@ -78,7 +79,13 @@ class Methods(Study):
             line = self._line(label)
             found = [f"{arm.x:g}: {quality(search, arm):.3f}" for arm in line] if len(line) > 1 else [f"{line[0].x:g}"]
             chosen.append(f"| {label} | {', '.join(found)} |")
-        text = "\n".join([arms_table(best, results, more), "", "The search:", "", *chosen])
+        note = (
+            "Memory is what a step takes beside the weights: gradients, AdamW's moments and what is kept for the "
+            f"backward pass. The differences are those of each subject and seed to {best[0].label}'s."
+        )
+        differences = difference_table(best[1:], best[0], results)
+        parts = [arms_table(best, results, more), note, differences, "The search:", "\n".join(chosen)]
+        text = "\n\n".join(parts)
         return Page(text, {"methods": against(best, results)})
 
     def _line(self, label: str) -> list[Arm]:
