@@ -36,12 +36,15 @@ def test_what_splits_no_weights_leaves_plain_processes(stage):
     assert asked(**({} if stage is None else {"zero_stage": stage})) == {}
 
 
-@pytest.mark.parametrize(("device", "offloaded"), [("none", "false"), ("cpu", "true")])
+@pytest.mark.parametrize(("device", "offloaded"), [("none", "false"), ("cpu", "true"), ("CPU", "true")])
 def test_stage_3_is_fsdp_by_blocks(device, offloaded):
-    found = asked(zero_stage="3", offload_param_device=device)
-    assert found["ACCELERATE_USE_FSDP"] == "true"
-    assert found["FSDP_OFFLOAD_PARAMS"] == offloaded
-    assert found["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert asked(zero_stage="3", offload_param_device=device) == {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_OFFLOAD_PARAMS": offloaded,
+    }
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,7 @@ def test_stage_3_is_fsdp_by_blocks(device, offloaded):
         ({"stage": 3}, "false"),
         ({"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}, "true"),
         ({"stage": 3, "offload_param": {"device": "none"}}, "false"),
+        ({"stage": 3, "offload_param": {"pin_memory": True}}, "false"),
         ({"stage": 2, "offload_param": None}, None),
         ({"stage": "auto"}, "false"),
     ],
@@ -59,7 +63,10 @@ def test_a_file_goes_before_the_rest(tmp_path, zero, found):
     assert asked(zero_stage="3", config_file=str(tmp_path / "zero.json")).get("FSDP_OFFLOAD_PARAMS") == found
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"zero_optimization": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "[]", *(f'{{"zero_optimization": {zero}}}' for zero in ("3", '{"stage": null}', '{"stage": "three"}'))],
+)
 def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
     if text is not None:
         (tmp_path / "zero.json").write_text(text)
@@ -78,6 +85,8 @@ def test_one_process_trains_as_ever():
         assert accelerator.num_processes == 1
 
 
-def test_who_does_not_ask_gets_nothing():
+@pytest.mark.parametrize("use", [None, "false"])
+def test_who_does_not_ask_gets_nothing(use):
+    os.environ |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"} | ({} if use is None else {"ACCELERATE_USE_DEEPSPEED": use})
     deepspeed_as_fsdp()
     assert not [name for name in os.environ if "FSDP" in name]

@@ -31,7 +31,7 @@ def deepspeed_as_fsdp() -> None:
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return
     zero = _zero_settings()
-    stage, offload = int(zero["stage"]), _device(zero["offload_param"])
+    stage, offload = zero["stage"], _device(zero["offload_param"])
     if offload not in ("none", "cpu"):
         raise TrainingConfigError(
             f"DeepSpeed is to keep the frozen weights on {offload}, which is not possible here: set "
@@ -54,7 +54,7 @@ def deepspeed_as_fsdp() -> None:
 def _zero_settings() -> dict[str, Any]:
     """Of accelerate's configuration, or of the file that it names, which goes before."""
     found: dict[str, Any] = {
-        "stage": os.environ.get(f"{_NAMES}ZERO_STAGE", 2),
+        "stage": int(os.environ.get(f"{_NAMES}ZERO_STAGE", 2)),
         "offload_param": os.environ.get(f"{_NAMES}OFFLOAD_PARAM_DEVICE"),
     }
     file = os.environ.get(f"{_NAMES}CONFIG_FILE", "none")
@@ -62,6 +62,7 @@ def _zero_settings() -> dict[str, Any]:
         try:
             said = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
             found |= {name: value for name, value in said.items() if value != "auto"}
+            found["stage"] = int(found["stage"])
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise TrainingConfigError(f"DeepSpeed's configuration {file} cannot be read: {error}") from error
     return found
@@ -69,5 +70,5 @@ def _zero_settings() -> dict[str, Any]:
 
 def _device(wanted: Any) -> str:
     """Where to keep what is not at work, from a name or from DeepSpeed's own `{"device": name}`."""
-    name = wanted.get("device", "none") if isinstance(wanted, Mapping) else wanted
+    name = wanted.get("device") if isinstance(wanted, Mapping) else wanted
     return str(name or "none").lower()
