@@ -56,4 +56,5 @@ def test_a_bar_that_is_interrupted_gives_the_terminal_back(shown):
         interrupted()
     with bars.training_progress(2) as trained:
         trained(step(1, 2))
+    assert any(re.match(r"Class images ━*[╸╺]?━* *1/9 ", line) for line in shown())
     assert any(line.startswith("Training") for line in shown())

@@ -25,11 +25,10 @@ errors = Console(stderr=True)
 def progress(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Callable[..., None]]:
     """A bar that its first update shows, so that an error before that stands alone; once full, it makes room."""
     bar = Progress(TextColumn(title), BarColumn(None), *columns, TimeRemainingColumn(), console=errors)
-    task = bar.add_task("", start=False, **fields)
+    task = bar.add_task("", **fields)
 
     def update(**values: Any) -> None:
         bar.start()
-        bar.start_task(task)
         bar.update(task, **values)
         if bar.finished:
             bar.stop()
