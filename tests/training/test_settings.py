@@ -68,9 +68,13 @@ def test_settings_written_as_yaml_are_read_as_the_same_settings(tmp_path, chosen
     found = settings(**chosen)
     path = written(tmp_path, "settings.yaml", settings_text(found))
     again = read_settings(path)
-    assert set(again) == set(WRITTEN)
+    assert list(again) == WRITTEN
     assert Settings.of(again) == found
     assert settings_text(Settings.of(again)) == settings_text(found)
+
+
+def test_settings_are_written_in_the_letters_of_the_prompt():
+    assert "instance_prompt: ein grünes Männchen\n" in settings_text(settings(instance_prompt="ein grünes Männchen"))
 
 
 def test_yaml_and_toml_say_the_same(tmp_path):
@@ -139,6 +143,12 @@ def test_images_come_from_a_folder_or_a_dataset_and_not_from_both_or_neither(val
         settings(**values)
 
 
+@pytest.mark.parametrize("prompt", [None, "", " "])
+def test_class_images_need_a_prompt(prompt):
+    with pytest.raises(TrainingConfigError, match="with_prior_preservation needs a class_prompt"):
+        settings(with_prior_preservation=True, class_prompt=prompt)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -159,7 +169,10 @@ def test_images_come_from_a_folder_or_a_dataset_and_not_from_both_or_neither(val
         ("factors", {"to_k": 4}, "factors cannot be"),
         ("validation_prompt", [1], "validation_prompt must be a text or a list of texts"),
         ("num_class_images", 0, "num_class_images must be at least 1"),
+        ("sample_batch_size", 0, "sample_batch_size must be at least 1"),
         ("validation_steps", 0, "validation_steps must be at least 1"),
+        ("validation_inference_steps", 0, "validation_inference_steps must be at least 1"),
+        ("alpha", True, "alpha must be a number, not True"),
         ("with_prior_preservation", True, "with_prior_preservation needs a class_prompt"),
         ("factors", ["to_k=4,8"], "factors cannot be"),
         ("factors", {"to_k": [4, 8, 16]}, "factors cannot be"),

@@ -259,12 +259,14 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         check_flag(name, value)
     elif kind is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TrainingConfigError(f"{name} must be a whole number, not {value!r}.")
+    elif kind is float and isinstance(value, bool):
+        raise TrainingConfigError(f"{name} must be a number, not {value!r}.")
     elif kind is str and not isinstance(value, str):
         raise TrainingConfigError(f"{name} must be a text, not {value!r}.")
     elif get_origin(kind) is list and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
         raise TrainingConfigError(f"{name} must be a text or a list of texts, not {value!r}.")
     try:
-        if kind is float and not isinstance(value, bool):
+        if kind is float:
             return float(value)
         if name == "factors":
             return {str(pattern): (int(a1), int(a2)) for pattern, (a1, a2) in dict(value).items()}
