@@ -32,6 +32,7 @@ def test_the_page_has_settings_loss_pictures_and_the_command_and_needs_no_other_
     assert "<td>learning_rate</td><td>0.0001</td>" in page
     assert "<td>final &lt;loss&gt;</td><td>0.1</td>" in page
     assert page.index("the loss over the steps") < page.index("<h2>Validation</h2>") < page.index("<h2>Settings</h2>")
+    assert "<meta charset='utf-8'>" in page
     assert "<sks>" not in page
     assert not re.search(r"(src|href)='(?!data:)", page)
 
@@ -49,7 +50,7 @@ def lines_of(losses, window, monkeypatch):
         "diffusekrona.training.summary.figure_png",
         lambda figure: drawn.extend((*line.get_data(), line.get_label()) for line in figure.axes[0].lines) or b"",
     )
-    loss_curve(losses, window)
+    loss_curve(losses, **({} if window is None else {"window": window}))
     return drawn
 
 
@@ -63,6 +64,24 @@ def test_the_curve_shows_each_step_and_the_mean_of_those_before_without_skipped_
     assert (each[2], mean[2]) == ("each step", "mean of 2 steps")
 
 
+def test_the_mean_is_by_default_that_of_50_steps(monkeypatch):
+    _, mean = lines_of([1.0] * 5 + [0.0] * 54, 50, monkeypatch)
+    _, by_default = lines_of([1.0] * 5 + [0.0] * 54, None, monkeypatch)
+    np.testing.assert_array_equal(by_default[1], mean[1])
+    assert by_default[1][53:].tolist() == [0.02, *[0.0] * 5]
+    assert by_default[2] == "mean of 50 steps"
+
+
+def test_the_curve_says_what_its_axes_are(monkeypatch):
+    named = []
+    monkeypatch.setattr(
+        "diffusekrona.training.summary.figure_png",
+        lambda figure: named.extend((figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())) or b"",
+    )
+    loss_curve([0.5])
+    assert named == ["step", "loss"]
+
+
 def test_skipped_steps_alone_have_no_mean(monkeypatch):
     (_, _), mean = [line[1:] for line in lines_of([math.nan], 50, monkeypatch)]
     assert math.isnan(mean[0][0])
@@ -70,7 +89,7 @@ def test_skipped_steps_alone_have_no_mean(monkeypatch):
 
 def test_a_model_card_has_a_header_that_the_hub_reads_whatever_the_prompt():
     prompt = 'a "sks" toy: c:\\toys'
-    card = model_card("owner/base", prompt, "StableDiffusionPipeline", {"steps": "4"}, ["toy.safetensors", "b"])
+    card = model_card("owner/base", prompt, "StableDiffusion3Pipeline", {"steps": "4"}, ["toy.safetensors", "b"])
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
         "base_model": "owner/base",
@@ -84,5 +103,13 @@ def test_a_model_card_has_a_header_that_the_hub_reads_whatever_the_prompt():
     assert "Files: `toy.safetensors`, `b`." in text
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert f"pipe({prompt!r}).images[0]" in code
-    assert "StableDiffusionPipeline.from_pretrained('owner/base')" in code
+    assert code.splitlines() == [
+        "from diffusers import StableDiffusion3Pipeline",
+        "from diffusekrona import load_krona, merge_krona",
+        "",
+        "pipe = StableDiffusion3Pipeline.from_pretrained('owner/base')",
+        'load_krona(pipe, "this-folder")',
+        "merge_krona(pipe)  # free from here on",
+        f"image = pipe({prompt!r}).images[0]",
+    ]
+    assert f"for `owner/base`, trained with diffusekrona. Write **{prompt}** in a prompt" in text

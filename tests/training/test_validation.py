@@ -28,6 +28,12 @@ def test_pictures_are_those_of_the_prompts_seed_steps_and_guidance(pipe, tmp_pat
             assert np.array_equal(np.asarray(file), np.asarray(image))
 
 
+def test_without_a_folder_nothing_is_kept(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(validation(pipe, None).draw(1)) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_they_are_drawn_in_eval_mode_and_modes_come_back(pipe, tmp_path):
     modes = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: modes.append(module.training))
