@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,10 +56,31 @@ def run(
     Raises:
         KronAError: anything that the user can mend; see `train_dreambooth`.
     """
-    output, data = settings.output, settings.data
+    output = settings.output
     make_room_for(output.output_dir)
     if not output.resume and not output.overwrite:
         _checkpoints(settings).check_free()
+    done = _train(settings, on_step, on_class_image)
+    gc.collect()  # the base, whose parts know each other, goes out of memory before anything is drawn
+    if this_process().is_main_process:
+        _tell(settings, done)
+        if output.push_to_hub is not None:
+            _push(output.output_dir, output.push_to_hub)
+    return Outcome(done.result, done.report, done.saved, output.run_folder / "report.html")
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A training whose adapter is saved."""
+
+    result: TrainingResult
+    report: KronAReport
+    saved: list[Path]
+    pipeline: str
+
+
+def _train(settings: Settings, on_step: OnStep | None, on_class_image: Callable[[int, int], None] | None) -> _Done:
+    output, data = settings.output, settings.data
     pipe = load_base(data.pretrained_model_name_or_path, settings.base_dtype)
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, data.resolution), image_reduction(pipe))
@@ -89,9 +111,8 @@ def run(
         )
     finally:
         observers.close()
-    report = krona_report(pipe)
-    saved = _save(pipe, settings, result, report) if writes else []
-    return Outcome(result, report, saved, output.run_folder / "report.html")
+    saved = _save(pipe, settings, result.steps) if writes else []
+    return _Done(result, krona_report(pipe), saved, type(pipe).__name__)
 
 
 class _Observers:
@@ -137,35 +158,35 @@ def _checkpoints(settings: Settings) -> Checkpoints:
     return Checkpoints(settings.output.run_folder / "checkpoints", settings.training.checkpoints_total_limit)
 
 
-def _save(pipe: Any, settings: Settings, result: TrainingResult, report: KronAReport) -> list[Path]:
-    """The adapter, its copies, the run's page, and in a folder a model card."""
-    output, data = settings.output, settings.data
+def _save(pipe: Any, settings: Settings, steps: int) -> list[Path]:
+    """The adapter and its copies."""
+    output = settings.output
     single = output.output_dir.suffix == ".safetensors"
     whole = output.output_dir if single else output.output_dir / f"{output.output_dir.absolute().name}.safetensors"
     saved = [save_krona(pipe, output.output_dir), *([] if single else [save_krona(pipe, whole)])]
     if output.also is not None:
-        steps = {"ss_steps": str(result.steps), "ss_learning_rate": str(settings.training.learning_rate)}
+        facts = {"ss_steps": str(steps), "ss_learning_rate": str(settings.training.learning_rate)}
         copy = whole.with_name(f"{whole.stem}-{output.also}.safetensors")
-        saved.append(save_krona(pipe, copy, format=output.also, metadata=steps))
+        saved.append(save_krona(pipe, copy, format=output.also, metadata=facts))
+    return saved
+
+
+def _tell(settings: Settings, done: _Done) -> None:
+    """Write the run's page, and in a folder a model card."""
+    output, data, result = settings.output, settings.data, done.result
     facts = {
-        "parameters": f"{report.parameters:,}, {report.share:.3%} of the base's",
+        "parameters": f"{done.report.parameters:,}, {done.report.share:.3%} of the base's",
         "steps": f"{result.steps} on {result.images} images, {result.seconds:.0f} s",
         "final loss": f"{result.final_loss:.4f}",
     }
     prompt = data.instance_prompt or "the subject"
     sheet = output.run_folder / "validation" / "sheet.png"
-    files = {
-        output.run_folder / "report.html": run_page(
-            prompt, train_command(output.run_folder), facts, settings.flat(), result.losses, sheet
-        )
-    }
-    if not single:
-        base, names = data.pretrained_model_name_or_path, [path.name for path in saved[1:]]
-        files[output.output_dir / "README.md"] = model_card(base, prompt, type(pipe).__name__, facts, names)
+    page = run_page(prompt, train_command(output.run_folder), facts, settings.flat(), result.losses, sheet)
+    files = {output.run_folder / "report.html": page}
+    if output.output_dir.suffix != ".safetensors":
+        base, names = data.pretrained_model_name_or_path, [path.name for path in done.saved[1:]]
+        files[output.output_dir / "README.md"] = model_card(base, prompt, done.pipeline, facts, names)
     write_whole({path: text.encode() for path, text in files.items()})
-    if output.push_to_hub is not None:
-        _push(output.output_dir, output.push_to_hub, single)
-    return saved
 
 
 def train_command(run_folder: Path, resume: bool = False) -> str:
@@ -174,13 +195,13 @@ def train_command(run_folder: Path, resume: bool = False) -> str:
     return f"{command} --resume" if resume else command
 
 
-def _push(path: Path, repository: str, single: bool) -> None:
+def _push(path: Path, repository: str) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
-        if single:
+        if path.suffix == ".safetensors":
             api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
         else:
             api.upload_folder(folder_path=path, repo_id=repository, ignore_patterns=["run/*"])
