@@ -183,6 +183,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "captioned" / f"{number}.txt").write_text(f"a sks toy, number {number}")
     (folder / "captioned" / "damaged.png").write_bytes(b"no image")
     (folder / "captioned" / "damaged.txt").write_text("a sks toy")
+    for name in ("sd1", "sd2", "sdxl"):  # so that one base is enough to draw class images
+        (folder / f"class-{name}").mkdir()
+        pictures[0].save(folder / f"class-{name}" / "own.png")
     if datasets := _datasets():
         rows = {"image": [str(folder / "images" / f"{n}.png") for n in range(3)], "text": [f"toy {n}" for n in "abc"]}
         found = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())

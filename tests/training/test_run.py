@@ -1,20 +1,25 @@
 """Whole runs as their settings say, on a tiny base."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusekrona import load_krona
+from diffusekrona.base import load_base
 from diffusekrona.errors import KronAError
 from diffusekrona.injected import krona_layers
 from diffusekrona.training import CheckpointError, TrainingConfigError, TrainingStep
-from diffusekrona.training.run import image_plan, run
+from diffusekrona.training.run import class_images, image_plan, run
 from diffusekrona.training.settings import Settings, read_settings
+from diffusekrona.training.summary import loss_curve
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline
 
 
@@ -61,15 +66,47 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_what_comes_out_is_the_adapter_in_all_its_forms(place: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    outcome = run(settings(place, tmp_path / "toy", also="lokr"), lambda done: seen.append(done.step))
+    outcome = run(settings(place, tmp_path / "toy-v1.5", also="lokr"), lambda done: seen.append(done.step))
     folder, single, lokr = outcome.saved
-    assert [path.name for path in outcome.saved] == ["toy", "toy.safetensors", "toy-lokr.safetensors"]
+    assert [path.name for path in outcome.saved] == ["toy-v1.5", "toy-v1.5.safetensors", "toy-v1.5-lokr.safetensors"]
+    assert outcome.page == folder / "run" / "report.html"
     assert same(factors(folder), factors(single))
     assert same(factors(folder), factors(lokr))
     assert seen == [1, 2, 3, 4]
-    card = (folder / "README.md").read_text()
+    with safe_open(lokr, "pt") as file:
+        said = file.metadata()
+    assert (said["ss_steps"], said["ss_learning_rate"]) == ("4", "0.01")
+
+
+def test_the_card_and_the_page_say_what_came_of_the_run(place: Path, tmp_path: Path) -> None:
+    outcome = run(settings(place, tmp_path / "toy", also="lokr"))
+    report, result = outcome.report, outcome.result
+    card, page = (outcome.saved[0] / "README.md").read_text(), outcome.page.read_text()
+    assert result.final_loss != result.losses[0]
+    for name, value in {
+        "parameters": f"{report.parameters:,}, {100 * report.share:.3f}% of the base's",
+        "steps": f"4 on 3 images, {result.seconds:.0f} s",
+        "final loss": f"{np.mean(result.losses):.4f}",
+    }.items():
+        assert f"| {name} | {value} |" in card
+        assert f"<td>{name}</td><td>{value.replace(chr(39), '&#x27;')}</td>" in page
     assert 'instance_prompt: "a sks toy"' in card
-    assert "`toy-lokr.safetensors`" in card
+    assert f'base_model: "{place / "base"}"' in card
+    assert "StableDiffusionPipeline.from_pretrained" in card
+    assert "Files: `toy.safetensors`, `toy-lokr.safetensors`." in card
+    assert "<h1>a sks toy</h1>" in page
+    assert "<td>learning_rate</td><td>0.01</td>" in page
+    assert base64.b64encode(loss_curve(result.losses)).decode() in page
+
+
+@pytest.mark.parametrize(("values", "kept"), [({}, False), ({"validation_prompt": ["a toy"]}, True)])
+def test_encoders_are_kept_only_where_pictures_are_drawn(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], kept: bool
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr("diffusekrona.training.run.load_base", lambda *how: loaded.append(load_base(*how)) or loaded[0])
+    run(settings(place, tmp_path / "toy", max_train_steps=1, **values))
+    assert [part is not None for part in (loaded[0].vae, loaded[0].text_encoder)] == [kept, kept]
 
 
 def test_a_single_file_has_its_run_beside_it(place: Path, tmp_path: Path) -> None:
@@ -85,7 +122,8 @@ def test_the_settings_beside_the_result_repeat_it(place: Path, tmp_path: Path) -
     given = read_settings(tmp_path / "one" / "run" / "settings.yaml")
     again = run(Settings.of({**given, "output_dir": tmp_path / "two"}))
     assert same(factors(first.saved[0]), factors(again.saved[0]))
-    assert f"--config {tmp_path / 'one' / 'run' / 'settings.yaml'}" in first.page.read_text()
+    command = f"diffusekrona train --config {tmp_path / 'one' / 'run' / 'settings.yaml'}"
+    assert f"<pre>{command}</pre>" in first.page.read_text()
 
 
 def test_validation_draws_and_changes_nothing(place: Path, tmp_path: Path) -> None:
@@ -150,6 +188,25 @@ def test_class_images_that_are_there_count(place: Path, tmp_path: Path) -> None:
     assert not np.array_equal(pictures[0], pictures[1])
 
 
+def test_class_images_are_drawn_and_read_as_the_settings_say(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "diffusekrona.training.run.draw_class_images", lambda *some, **named: asked.append((some, named))
+    )
+    prior = {"with_prior_preservation": True, "class_prompt": "a toy", "class_data_dir": place / "images"}
+    chosen = settings(place, tmp_path, **prior, num_class_images=7, sample_batch_size=2, seed=5)
+    plan, on_image = image_plan(chosen, 32, 4), print
+    found = class_images("pipe", chosen, plan, on_image)
+    ((some, named),) = asked
+    assert some == ("pipe", "a toy", place / "images", 7)
+    assert named == {"batch_size": 2, "seed": 5, "device": torch.device("cpu"), "on_image": on_image}
+    assert [one.prompt for one in found] == ["a toy"] * 3
+    assert class_images("pipe", settings(place, tmp_path, class_prompt="a toy"), plan, on_image) == []
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -209,6 +266,40 @@ def test_an_adapter_that_cannot_be_pushed_is_on_disk_and_the_error_says_so(
     assert factors(tmp_path / "toy")
 
 
+class Hub:
+    """What of a repository on the hub this library uses, in memory."""
+
+    files: dict[str, list[str]]
+
+    def create_repo(self, name: str, exist_ok: bool = False) -> None:
+        assert exist_ok
+        self.files[name] = []
+
+    def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str) -> None:
+        assert path_or_fileobj.is_file()
+        self.files[repo_id].append(path_in_repo)
+
+    def upload_folder(self, *, folder_path: Path, repo_id: str, ignore_patterns: list[str]) -> None:
+        names = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        self.files[repo_id] += filter_repo_objects(names, ignore_patterns=ignore_patterns)
+
+
+@pytest.mark.parametrize(
+    ("output", "pushed"),
+    [
+        ("toy", ["README.md", "toy.safetensors", "unet/adapter_config.json", "unet/adapter_model.safetensors"]),
+        ("toy.safetensors", ["toy.safetensors"]),
+    ],
+)
+def test_the_adapter_is_pushed_without_its_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, pushed: list[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "files", {}, raising=False)
+    run(settings(place, tmp_path / output, push_to_hub="me/toy", max_train_steps=1))
+    assert {name: sorted(files) for name, files in Hub.files.items()} == {"me/toy": pushed}
+
+
 @pytest.mark.parametrize("output", ["file", "folder.safetensors"])
 def test_a_place_that_cannot_be_written_to_is_an_error_before_anything_is_loaded(tmp_path: Path, output: str) -> None:
     (tmp_path / "file").write_text("")
@@ -222,13 +313,19 @@ def test_an_interrupted_run_is_resumed_to_the_same_adapter(place: Path, tmp_path
         if done.step == 3:
             raise KeyboardInterrupt
 
+    def seen() -> list[int]:
+        board = EventAccumulator(str(tmp_path / "parts" / "run" / "tensorboard")).Reload()
+        return [event.step for event in board.Scalars("train/loss")]
+
     chosen = {"checkpointing_steps": 2, "dropout": 0.1}
     whole = run(settings(place, tmp_path / "whole", **chosen))
     with pytest.raises(KeyboardInterrupt):
         run(settings(place, tmp_path / "parts", **chosen), stop)
+    assert seen() == [1, 2, 3]
     assert not (tmp_path / "parts" / "unet").exists()
     parts = run(settings(place, tmp_path / "parts", **chosen, resume=True))
     assert parts.result.resumed_at == 2
+    assert seen() == [1, 2, 3, 4]
     assert same(factors(whole.saved[0]), factors(parts.saved[0]))
 
 
@@ -252,10 +349,11 @@ def test_the_images_are_prepared_as_the_settings_say(place: Path, tmp_path: Path
 
 def test_images_come_from_a_dataset_instead_of_a_folder(place: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"picture": [str(path) for path in sorted((place / "images").iterdir())]})
+    paths = sorted((place / "images").iterdir())
+    rows = datasets.Dataset.from_dict({"picture": [str(path) for path in paths], "said": ["a sks toy"] * 3})
     rows.cast_column("picture", datasets.Image()).save_to_disk(str(tmp_path / "dataset"))
-    chosen = {"instance_data_dir": None, "dataset_dir": tmp_path / "dataset", "image_column": "picture"}
-    of_dataset = run(settings(place, tmp_path / "one", **chosen))
+    chosen = {"instance_data_dir": None, "dataset_dir": tmp_path / "dataset", "instance_prompt": None}
+    of_dataset = run(settings(place, tmp_path / "one", **chosen, image_column="picture", caption_column="said"))
     of_folder = run(settings(place, tmp_path / "two"))
     assert same(factors(of_dataset.saved[0]), factors(of_folder.saved[0]))
 
