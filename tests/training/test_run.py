@@ -110,11 +110,12 @@ def test_encoders_are_kept_only_where_pictures_are_drawn(
 
 
 def test_a_single_file_has_its_run_beside_it(place: Path, tmp_path: Path) -> None:
-    outcome = run(settings(place, tmp_path / "toy.safetensors", checkpointing_steps=2))
-    assert outcome.saved == [tmp_path / "toy.safetensors"]
-    assert outcome.page == tmp_path / "toy" / "run" / "report.html"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy", "toy.safetensors"]
-    assert len(list((tmp_path / "toy" / "run" / "checkpoints").iterdir())) == 2
+    folder = tmp_path / "not" / "there"
+    outcome = run(settings(place, folder / "toy.safetensors", checkpointing_steps=2))
+    assert outcome.saved == [folder / "toy.safetensors"]
+    assert outcome.page == folder / "toy" / "run" / "report.html"
+    assert sorted(path.name for path in folder.iterdir()) == ["toy", "toy.safetensors"]
+    assert len(list((folder / "toy" / "run" / "checkpoints").iterdir())) == 2
 
 
 def test_the_settings_beside_the_result_repeat_it(place: Path, tmp_path: Path) -> None:

@@ -60,14 +60,15 @@ def test_weights_and_biases_has_the_same_and_the_settings_beside_tensorboards_fi
     run = wandb.run
     for number in (1, 2):
         trackers.step(step(number))
-    trackers.pictures(2, ["a toy"], [Image.new("RGB", (6, 4), "red")])
+    trackers.pictures(2, ["a toy", "a toy on sand"], [Image.new("RGB", (6, 4), "red")] * 2)
+    assert run.project == "diffusekrona"
     assert dict(run.config) == {"a1": 4, "instance_prompt": "a sks toy"}
     trackers.step(step(3))  # which ends the step before
     summary = dict(run.summary)
     trackers.close()
     assert wandb.run is None
     assert (summary["loss"], summary["learning_rate"], summary["images_per_second"]) == (0.25, 2e-3, 9)
-    assert summary["validation"]["captions"] == ["a toy"]
+    assert summary["validation"]["captions"] == ["a toy", "a toy on sand"]
     assert len(written(tmp_path / "run" / "board").Scalars("train/loss")) == 3
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(re.fullmatch(r"run/wandb/offline-run-[^/]+/run-\w+\.wandb", name) for name in files)
