@@ -1,6 +1,7 @@
 """Whole runs as their settings say, on a tiny base."""
 
 import base64
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -320,9 +321,11 @@ def test_an_interrupted_run_is_resumed_to_the_same_adapter(place: Path, tmp_path
 
     chosen = {"checkpointing_steps": 2, "dropout": 0.1}
     whole = run(settings(place, tmp_path / "whole", **chosen))
-    with pytest.raises(KeyboardInterrupt):
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as interrupted:
         run(settings(place, tmp_path / "parts", **chosen), stop)
     assert seen() == [1, 2, 3]
+    assert threading.active_count() == threads, interrupted  # which keeps trackers alive that were not closed
     assert not (tmp_path / "parts" / "unet").exists()
     parts = run(settings(place, tmp_path / "parts", **chosen, resume=True))
     assert parts.result.resumed_at == 2
