@@ -17,12 +17,13 @@ from .drawings import ALL_STYLES, Thing, held_out, things
 from .folder import CACHE, image_settings, write_model
 
 BATCH = 128
-STEPS = 2500
-MINUTES = 30.0
+STEPS = 2000
+MINUTES = 90.0
 SCHEDULE = (1e-3, 0.02, 100)
 WIDTH = 128
 LENGTH = 32
 CLASS_WORD_SHARE = 0.25
+SCENES = 4  # of each thing in a batch: what tells these apart is size, place, number and background
 FLUENT = ALL_STYLES.index("fluent")
 FOLDER = ROOT / "models" / "emoji-clip"
 CHECKPOINT = CACHE / "clip.pt"
@@ -101,7 +102,7 @@ def train() -> None:
     random = torch.Generator().manual_seed(budget.step)
 
     def one_step() -> torch.Tensor:
-        chosen = [pairs[int(i)] for i in rng.choice(len(pairs), BATCH, replace=False)]
+        chosen = [pairs[int(i)] for i in rng.choice(len(pairs), BATCH // SCENES, replace=False) for _ in range(SCENES)]
         pictures, captions = scenes.batch(chosen)
         text = words(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
         with mixed(device):

@@ -17,11 +17,11 @@ from recipes.base.training import Budget, fit, load_checkpoint, mixed, note, pic
 from .drawings import ALL_STYLES, held_out, things
 from .folder import CACHE, image_settings, write_model
 
-BATCH = 128
-STEPS = 2500
-MINUTES = 30.0
+BATCH = 96
+STEPS = 2000
+MINUTES = 90.0
 SCHEDULE = (1e-3, 0.02, 100)
-WIDTH = 128
+WIDTH = 96
 TEMPERATURE = 0.1
 EDGES = (24.0, 60.0)
 FOLDER = ROOT / "models" / "emoji-vit"
@@ -31,7 +31,7 @@ CHECKPOINT = CACHE / "vision.pt"
 def build() -> tuple[ViTModel, nn.Module]:
     """The transformer, and the projection that only training uses."""
     config = ViTConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6, num_attention_heads=4, image_size=PIXELS,
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=4, num_attention_heads=3, image_size=PIXELS,
         patch_size=8,
     )  # fmt: skip
     head = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH // 2))
