@@ -13,8 +13,8 @@ from diffusekrona.evaluation import Encoders
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
 from diffusekrona.generation import generate_images
 from diffusekrona.images import read_image
-from diffusekrona.study.cells import Cell, Spec, View
-from diffusekrona.study.lab import APART, BASE, Lab
+from diffusekrona.study.cells import BASE, Cell, Spec, View
+from diffusekrona.study.lab import APART, Lab
 from diffusekrona.training import TrainingConfig, train_dreambooth
 
 STRONG = {"learning_rate": 0.5}

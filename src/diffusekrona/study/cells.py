@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+BASE = "base"
+"""In place of a method: the model as it is, which does not know the subject."""
+
 
 @dataclass(frozen=True)
 class Spec:
     """How a model is adapted and trained.
 
     Attributes:
-        method: a name that `methods` has; "none" is the base itself.
+        method: a name that `methods` has, or `BASE`.
         options: of the method.
         training: fields of `TrainingConfig` that differ from the study's own.
         images: how many of the subject's pictures are used; None is all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,13 +27,10 @@ from ..training.families import family_of
 from ..training.kept import Kept
 from ..training.loop import fit
 from ..training.runtime import seeded
-from .cells import Cell, View
+from .cells import BASE, Cell, View
 from .records import Record
 from .settings import StudySettings
 from .spectrum import linear_weights, summary, updates
-
-BASE = "base"
-"""In place of a method: the model as it is, which does not know the subject."""
 
 STATE = 12
 """Bytes of a gradient and of AdamW's two moments for each trained number."""
@@ -95,15 +93,21 @@ class Lab:
         costs: dict[str, Any] = {"parameters": trained}
         kept = Kept(part for part in self._pipe.components.values() if isinstance(part, nn.Module))
         counting = ExitStack()
+        looked = 0.0
 
         def look(done: TrainingStep) -> None:
+            nonlocal looked
+            began = time.monotonic()
             if done.step == 1:
                 counting.close()
                 costs["memory"] = kept.bytes + STATE * trained
                 kept.forget()
-            for cell in by_step.get(done.step, []):
-                costs.update(seconds_per_step=done.seconds / done.step, bytes=self._saved_bytes(method))
-                found.append(Record(cell, {**costs, "loss": done.average, **self._scores(cell)}))
+            costs["seconds_per_step"] = (done.seconds - looked) / done.step
+            if all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
+                for cell in by_step.get(done.step, []):
+                    costs["bytes"] = self._saved_bytes(method)
+                    found.append(Record(cell, {**costs, "loss": done.average, **self._scores(cell)}))
+            looked += time.monotonic() - began
 
         try:
             with counting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..methods import method_from
-from .lab import BASE
+from .cells import BASE
 from .records import Records
 from .settings import StudySettings
 from .study import Study

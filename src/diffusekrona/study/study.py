@@ -174,9 +174,21 @@ def difference_table(arms: Sequence[Arm], other: Arm, results: Results) -> str:
     return "\n".join(lines)
 
 
-def parameters(results: Results) -> Callable[[Arm], str]:
-    """How many numbers an arm trains, for `arms_table`."""
-    return lambda arm: f"{results.estimate(arm, 'parameters').mean:,.0f}"
+def number(results: Results, what: str, form: str, unit: float = 1.0) -> Callable[[Arm], str]:
+    """Of an arm's cells the mean of a number, for `arms_table`; the base alone has no costs.
+
+    Args:
+        results: of the study.
+        what: the number's name.
+        form: to write it in, such as ",.0f".
+        unit: to divide it by.
+    """
+
+    def shown(arm: Arm) -> str:
+        found = results.estimate(arm, what)
+        return format(found.mean / unit, form) if found.count else "–"
+
+    return shown
 
 
 def spec_of(method: Mapping[str, Any], images: int | None = None, **training: Any) -> Spec:

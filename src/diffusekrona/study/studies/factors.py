@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import along
-from ..study import Page, Results, Study, arms_table, parameters
+from ..study import Page, Results, Study, arms_table, number
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ class Factors(Study):
 
     def page(self, results: Results) -> Page:
         """Scores and parameters of each pair."""
-        time = {"ms a step": lambda arm: f"{1000 * results.estimate(arm, 'seconds_per_step').mean:.0f}"}
-        table = arms_table(self.arms(), results, {"parameters": parameters(results), **time})
+        time = {"ms a step": number(results, "seconds_per_step", ".0f", 1e-3)}
+        table = arms_table(self.arms(), results, {"parameters": number(results, "parameters", ",.0f"), **time})
         return Page(table, {"factors": along(self.arms(), results, "a2")})

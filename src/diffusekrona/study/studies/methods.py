@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..cells import Arm, Cell
+from ..cells import BASE, Arm, Cell, Spec
 from ..figures import against
 from ..records import Records
 from ..settings import StudySettings
-from ..study import Page, Results, Study, arms_table, difference_table, parameters, quality, spec_of
+from ..study import Page, Results, Study, arms_table, difference_table, number, quality, spec_of
 
 ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 """Learning rates to choose from: for adapters, and for weights of the base itself."""
+
+UNTRAINED = Arm("the base as it is", Spec(BASE))
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,18 @@ class Methods(Study):
         search = self._search().plain_cells(settings, [arm for label in unsettled for arm in self._line(label)])
         if any(cell not in records for cell in search):
             return search
-        return [*search, *self.plain_cells(settings, self._best(Results(self._search(), settings, records)))]
+        best = self._best(Results(self._search(), settings, records))
+        return [*search, *self.plain_cells(settings, [*best, UNTRAINED])]
 
     def page(self, results: Results) -> Page:
-        """Scores, parameters, file sizes and costs at the best learning rates, and what was chosen from."""
+        """Scores, number, file sizes and costs at the best learning rates, and what was chosen from."""
         search = results.of(self._search())
         best = self._best(search)
         more = {
-            "parameters": parameters(results),
-            "memory": lambda arm: f"{results.estimate(arm, 'memory').mean / 1e6:,.1f} MB",
-            "file": lambda arm: f"{results.estimate(arm, 'bytes').mean / 1000:,.0f} kB",
-            "ms a step": lambda arm: f"{1000 * results.estimate(arm, 'seconds_per_step').mean:.0f}",
+            "parameters": number(results, "parameters", ",.0f"),
+            "memory": number(results, "memory", ",.1f", 1e6),
+            "file": number(results, "bytes", ",.0f", 1e3),
+            "ms a step": number(results, "seconds_per_step", ".0f", 1e-3),
         }
         chosen = ["| | learning rate: quality |", "|---|---|"]
         for label in self.methods:
@@ -80,11 +83,12 @@ class Methods(Study):
             found = [f"{arm.x:g}: {quality(search, arm):.3f}" for arm in line] if len(line) > 1 else [f"{line[0].x:g}"]
             chosen.append(f"| {label} | {', '.join(found)} |")
         note = (
-            "Memory is what a step takes beside the weights: gradients, AdamW's moments and what is kept for the "
-            f"backward pass. The differences are those of each subject and seed to {best[0].label}'s."
+            "Memory, in MB, is what a step takes beside the weights: gradients, AdamW's moments and what is kept for "
+            "the backward pass; files are in kB. The differences are those of each subject and seed to "
+            f"{best[0].label}'s."
         )
         differences = difference_table(best[1:], best[0], results)
-        parts = [arms_table(best, results, more), note, differences, "The search:", "\n".join(chosen)]
+        parts = [arms_table([*best, UNTRAINED], results, more), note, differences, "The search:", "\n".join(chosen)]
         text = "\n\n".join(parts)
         return Page(text, {"methods": against(best, results)})
 

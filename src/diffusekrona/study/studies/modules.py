@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import against
-from ..study import Page, Results, Study, arms_table, parameters
+from ..study import Page, Results, Study, arms_table, number
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,5 @@ class Modules(Study):
 
     def page(self, results: Results) -> Page:
         """Scores and parameters of each kind."""
-        table = arms_table(self.arms(), results, {"parameters": parameters(results)})
+        table = arms_table(self.arms(), results, {"parameters": number(results, "parameters", ",.0f")})
         return Page(table, {"modules": against(self.arms(), results)})

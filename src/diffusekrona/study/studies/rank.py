@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cells import Arm, View
 from ..figures import COLOURS
-from ..study import Page, Results, Study, arms_table, spec_of
+from ..study import Page, Results, Study, arms_table, number, spec_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,15 +43,11 @@ class Rank(Study):
 
     def page(self, results: Results) -> Page:
         """How many singular values hold 90% of the energy, and how much the first four hold."""
-
-        def shown(what: str, form: str) -> Any:
-            return lambda arm: format(results.estimate(arm, f"spectrum.{what}").mean, form)
-
         more = {
-            "values with 90% of the energy": shown("rank90", ".1f"),
-            "stable rank": shown("stable_rank", ".2f"),
-            "energy of the first four": shown("energy4", ".1%"),
-            "norm of the update": shown("norm", ".3f"),
+            "values with 90% of the energy": number(results, "spectrum.rank90", ".1f"),
+            "stable rank": number(results, "spectrum.stable_rank", ".2f"),
+            "energy of the first four": number(results, "spectrum.energy4", ".1%"),
+            "norm of the update": number(results, "spectrum.norm", ".3f"),
         }
         return Page(arms_table(self.arms(), results, more), {"rank": self._drawn(results)})
 
