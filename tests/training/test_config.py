@@ -95,3 +95,5 @@ def test_a_warm_up_that_never_ends_is_refused():
 def test_a_learning_rate_of_text_encoders_that_are_not_trained_is_refused():
     with pytest.raises(TrainingConfigError, match="text_encoder_lr is given, but"):
         TrainingConfig(text_encoder_lr=1e-4)
+    with pytest.raises(TrainingConfigError, match="text_encoder_2_lr is given, but"):
+        TrainingConfig(text_encoder_2_lr=1e-4)

@@ -98,6 +98,29 @@ def test_text_encoders_have_a_learning_rate_of_their_own():
     }
 
 
+def test_each_text_encoder_has_a_learning_rate_of_its_own_or_else_the_first_ones():
+    found = {
+        f"{part}.layers.0.a": nn.Parameter(torch.ones(2))
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+    }
+    config = TrainingConfig(
+        learning_rate=1e-2, text_encoder_lr=1e-3, text_encoder_3_lr=1e-5, train_text_encoder=True, adam_weight_decay=0
+    )
+    optimizer = optimizer_of(found, config)
+    for parameter in found.values():
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    moved = {name.partition(".")[0]: float(1 - parameter.detach()[0]) for name, parameter in found.items()}
+    expected = {"transformer": 1e-2, "text_encoder": 1e-3, "text_encoder_2": 1e-3, "text_encoder_3": 1e-5}
+    assert moved == pytest.approx(expected, rel=0.01)
+
+
+def test_a_learning_rate_of_no_text_encoder_is_refused():
+    config = TrainingConfig(text_encoder_2_lr=1e-3, train_text_encoder=True)
+    with pytest.raises(TrainingConfigError, match="no text_encoder_2 that is trained"):
+        optimizer_of(parameters(), config)
+
+
 def test_without_text_encoders_there_is_one_group_and_without_a_rate_of_their_own_they_have_the_common_one():
     assert len(optimizer_of({"unet.large": parameters()["unet.large"]}, CONFIG).param_groups) == 1
     assert {group["lr"] for group in optimizer_of(parameters(), CONFIG).param_groups} == {0.1}
@@ -106,7 +129,7 @@ def test_without_text_encoders_there_is_one_group_and_without_a_rate_of_their_ow
 def test_prodigy_finds_one_learning_rate_and_refuses_two():
     need("prodigy")
     config = TrainingConfig(optimizer="prodigy", learning_rate=1.0, text_encoder_lr=0.5, train_text_encoder=True)
-    with pytest.raises(TrainingConfigError, match="leave text_encoder_lr out"):
+    with pytest.raises(TrainingConfigError, match="leave those of text encoders out"):
         optimizer_of(parameters(), config)
 
 

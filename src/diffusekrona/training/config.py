@@ -14,6 +14,9 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 OnNonFinite = Literal["stop", "skip"]
 
+ENCODER_RATES = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_3_lr")
+"""Learning rates of the text encoders, by their names in a pipeline."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -24,6 +27,8 @@ class TrainingConfig:
         learning_rate: Learning rate. From 1e-4 to 1e-3 works; above, prompts are ignored (Appendix D.3). Prodigy
             wants 1.
         text_encoder_lr: Learning rate of the text encoders' adapters; by default the same.
+        text_encoder_2_lr: That of the second text encoder, of SDXL and SD3; by default text_encoder_lr.
+        text_encoder_3_lr: That of the third one, of SD3; by default text_encoder_lr.
         train_text_encoder: Adapt the text encoders' attention, too, as the paper does for Stable Diffusion 1.x. They
             are then run in every step.
         train_batch_size: Images per pass and process; may exceed the number of images, which are then drawn repeatedly.
@@ -60,6 +65,8 @@ class TrainingConfig:
     max_train_steps: int = 1000
     learning_rate: float = 5e-4
     text_encoder_lr: float | None = None
+    text_encoder_2_lr: float | None = None
+    text_encoder_3_lr: float | None = None
     train_text_encoder: bool = False
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
@@ -97,7 +104,7 @@ class TrainingConfig:
             check_number(name, getattr(self, name), above=0)
         for name in ("adam_weight_decay", "max_grad_norm", "noise_offset", "prior_loss_weight"):
             check_number(name, getattr(self, name), least=0)
-        for name in ("text_encoder_lr", "snr_gamma"):
+        for name in (*ENCODER_RATES, "snr_gamma"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
@@ -114,10 +121,11 @@ class TrainingConfig:
         ):
             check_choice(name, getattr(self, name), get_args(choices))
         self._check_warmup()
-        if self.text_encoder_lr is not None and not self.train_text_encoder:
-            raise TrainingConfigError(
-                "text_encoder_lr is given, but the text encoders are not trained: train_text_encoder."
-            )
+        for name in ENCODER_RATES:
+            if getattr(self, name) is not None and not self.train_text_encoder:
+                raise TrainingConfigError(
+                    f"{name} is given, but the text encoders are not trained: train_text_encoder."
+                )
 
     def _check_warmup(self) -> None:
         if self.lr_warmup_steps and self.lr_scheduler == "constant":

@@ -8,24 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import TrainingConfig
+from .config import ENCODER_RATES, TrainingConfig
 from .errors import TrainingConfigError
 
 
 def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer that a config names, with the text encoders' parameters in a group of their own.
+    """The optimizer that a config names, with each text encoder's parameters in a group of their own.
 
     Args:
         parameters: by name; a text encoder's starts with `text_encoder`.
         config: optimizer, learning rates, betas, decay.
 
     Raises:
-        TrainingConfigError: it needs a package that is not installed.
+        TrainingConfigError: it needs a package that is not installed, or a learning rate is of nothing.
     """
-    encoders = [parameter for name, parameter in parameters.items() if name.startswith("text_encoder")]
-    others = [parameter for name, parameter in parameters.items() if not name.startswith("text_encoder")]
-    rates = (config.learning_rate, config.text_encoder_lr or config.learning_rate)
-    groups = [{"params": group, "lr": lr} for group, lr in zip((others, encoders), rates, strict=True) if group]
+    groups = _groups(parameters, config)
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -39,6 +36,22 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig)
     # An adapter is hundreds of small tensors, and one fused call is quicker than a dozen for each of them.
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     return torch.optim.AdamW(groups, fused=fused, **options)
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
+    """The denoiser's parameters and each text encoder's, with their learning rates."""
+    by_part: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        part = name.partition(".")[0]
+        by_part.setdefault(part if part.startswith("text_encoder") else "", []).append(parameter)
+    common = config.text_encoder_lr or config.learning_rate
+    rates = {"": config.learning_rate, "text_encoder": common}
+    for name in ENCODER_RATES[1:]:
+        part, rate = name.removesuffix("_lr"), getattr(config, name)
+        if rate is not None and part not in by_part:
+            raise TrainingConfigError(f"{name} is given, but the pipeline has no {part} that is trained.")
+        rates[part] = rate or common
+    return [{"params": by_part[part], "lr": rate} for part, rate in rates.items() if part in by_part]
 
 
 def _adamw8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -56,7 +69,9 @@ def _prodigy(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.opt
     except ImportError as error:
         raise TrainingConfigError("optimizer 'prodigy' needs prodigyopt: pip install prodigyopt.") from error
     if len({group["lr"] for group in groups}) > 1:
-        raise TrainingConfigError("optimizer 'prodigy' finds one learning rate for all: leave text_encoder_lr out.")
+        raise TrainingConfigError(
+            "optimizer 'prodigy' finds one learning rate for all: leave those of text encoders out."
+        )
     optimizer: torch.optim.Optimizer = Prodigy(groups, **options)
     return optimizer
 
