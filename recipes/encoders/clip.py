@@ -18,7 +18,7 @@ from .folder import CACHE, image_settings, write_model
 
 BATCH = 128
 STEPS = 2000
-MINUTES = 90.0
+MINUTES = 400.0
 SCHEDULE = (1e-3, 0.02, 100)
 WIDTH = 128
 LENGTH = 32

@@ -19,7 +19,7 @@ from .folder import CACHE, image_settings, write_model
 
 BATCH = 96
 STEPS = 2000
-MINUTES = 90.0
+MINUTES = 400.0
 SCHEDULE = (1e-3, 0.02, 100)
 WIDTH = 96
 TEMPERATURE = 0.1
