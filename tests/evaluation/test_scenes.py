@@ -69,9 +69,22 @@ def test_an_empty_picture_obeys_nothing_but_its_background():
 
 
 def test_specks_are_no_things_and_near_parts_are_one():
-    image = picture("white", (10, 10, 20), (30, 10, 20))
+    image = picture("white", (10, 10, 20), (31, 10, 20))
     ImageDraw.Draw(image).rectangle((60, 60, 62, 62), fill=PAINT)
     assert len(read_scene(image).boxes) == 1
+
+
+@pytest.mark.parametrize("box", [(-16, -16, 64), (16, -16, 64), (-16, 16, 64), (16, 16, 64)])
+def test_a_thing_may_reach_over_the_edge(box):
+    scene = read_scene(picture("white", box))
+    assert scene.colour == "white"
+    assert len(scene.boxes) == 1
+
+
+def test_a_rough_background_is_no_thing():
+    rough = np.random.default_rng(0).integers(-12, 13, (64, 64, 3))
+    pixels = np.clip(np.asarray(picture("gray", (20, 20, 24)), dtype=int) + rough, 0, 255)
+    assert read_scene(Image.fromarray(pixels.astype(np.uint8))).boxes == read_scene(picture("gray", (20, 20, 24))).boxes
 
 
 def test_the_picture_may_be_of_any_size():
