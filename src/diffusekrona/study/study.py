@@ -42,13 +42,15 @@ class Results:
 
     def found(self, arm: Arm, what: str) -> list[list[float]]:
         """One number of every cell of an arm, a list for each subject; cells that diverged have none."""
-        groups = []
+        return [list(by_seed.values()) for by_seed in self._by_subject(arm, what).values() if by_seed]
+
+    def _by_subject(self, arm: Arm, what: str) -> dict[str, dict[int, float]]:
+        groups: dict[str, dict[int, float]] = {}
         for subject in self._study.subjects_in(self._settings):
             cells = [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
-            records = [self._records[cell].found for cell in cells if cell in self._records]
-            values = [float(_deep(found, what)) for found in records if _deep(found, what) is not None]
-            groups.append(values)
-        return [group for group in groups if group]
+            values = {cell.seed: _deep(self._records[cell].found, what) for cell in cells if cell in self._records}
+            groups[subject] = {seed: float(value) for seed, value in values.items() if value is not None}
+        return groups
 
     def estimate(self, arm: Arm, what: str) -> Estimate:
         """Mean and interval of one number."""
@@ -56,11 +58,11 @@ class Results:
 
     def difference(self, arm: Arm, other: Arm, what: str) -> Estimate:
         """Mean and interval of an arm's number minus another's of the same subject and seed."""
+        ones, twos = self._by_subject(arm, what), self._by_subject(other, what)
         return estimate(
             [
-                [one - two for one, two in zip(ones, twos, strict=True)]
-                for ones, twos in zip(self.found(arm, what), self.found(other, what), strict=True)
-                if len(ones) == len(twos)
+                [value - twos[subject][seed] for seed, value in by_seed.items() if seed in twos[subject]]
+                for subject, by_seed in ones.items()
             ]
         )
 
