@@ -2,9 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
 from diffusekrona.evaluation.judge import Judge
 from diffusekrona.generation import generate_images
@@ -37,10 +40,34 @@ def spent(name: str) -> dict[str, float]:
 
 
 def make_judgement() -> None:
-    """Judge the exported pipeline on 300 prompts; write `results.json` and the contact sheet."""
-    pipe = export.load()
-    asked = judge.questions(300)
-    pictures = generate_images(
+    """Judge the exported pipeline on plain prompts and on scenes; write `results.json` and the contact sheet."""
+    pipe, classified = export.load(), Judge(classifier.FOLDER)
+    asked = {"obedience": judge.plain_questions(300), "scenes": judge.scene_questions(300)}
+    drawn = {name: draw(pipe, questions) for name, questions in asked.items()}
+    parts = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
+    report: dict[str, Any] = {
+        "concepts": len(art.concepts()),
+        "backgrounds": len(art.COLOURS),
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        "megabytes": {path.name: folder_mb(path) for path in (export.FOLDER, classifier.FOLDER)},
+        "device": pick_device().type,
+        "vae": spent("vae") | {"l1": round(vae.reconstruction_error(vae.load()), 4)},
+        "unet_and_text": spent("unet"),
+        "classifier": spent("classifier") | classifier.accuracy(),
+        "drawn_with": {"steps": judge.STEPS, "guidance": judge.GUIDANCE},
+    }
+    for name, questions in asked.items():
+        report[name] = {"prompts": len(questions)} | judge.obedience(classified, drawn[name], questions)
+        note(f"{name}: {report[name]}")
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shown = [*zip(drawn["obedience"][:24], judge.prompts(asked["obedience"][:24]), strict=True)]
+    shown += zip(drawn["scenes"][:24], judge.prompts(asked["scenes"][:24]), strict=True)
+    judge.contact_sheet(shown, SHEET)
+
+
+def draw(pipe: StableDiffusionXLPipeline, asked: Sequence[judge.Question]) -> list[Image.Image]:
+    """The model's answers."""
+    return generate_images(
         pipe,
         judge.prompts(asked),
         range(len(asked)),
@@ -48,22 +75,6 @@ def make_judgement() -> None:
         steps=judge.STEPS,
         batch_size=50,
     )
-    asked_parts = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
-    report: dict[str, Any] = {
-        "concepts": len(art.concepts()),
-        "backgrounds": len(art.COLOURS),
-        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in asked_parts.items()},
-        "megabytes": {path.name: folder_mb(path) for path in (export.FOLDER, classifier.FOLDER)},
-        "device": pick_device().type,
-        "vae": spent("vae") | {"l1": round(vae.reconstruction_error(vae.load()), 4)},
-        "unet_and_text": spent("unet"),
-        "classifier": spent("classifier") | classifier.accuracy(),
-        "obedience": {"prompts": len(asked), "steps": judge.STEPS, "guidance": judge.GUIDANCE}
-        | judge.obedience(Judge(classifier.FOLDER), pictures, asked),
-    }
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    judge.contact_sheet(pictures[:48], judge.prompts(asked)[:48], SHEET)
-    note(f"judge done: {report['obedience']}")
 
 
 STAGES: dict[str, Callable[[], None]] = {

@@ -1,4 +1,4 @@
-"""Does the base draw what it is asked for? 300 prompts, judged by the classifier; and the contact sheet."""
+"""Does the base draw what it is asked for? Plain prompts and whole scenes, judged; and the contact sheet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,53 +7,60 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffusekrona.evaluation.judge import Judge
+from diffusekrona.evaluation.scenes import obeyed, shares
 
-from .art import COLOURS, PIXELS, Concept, concepts
-from .scenes import Scene
+from .art import COLOURS, PIXELS, concepts
+from .scenes import Scene, random_scene
 
 STEPS = 20
 GUIDANCE = 3.0  # best of 3, 4 and 6 on other questions (seed 12)
-Question = tuple[int, int]  # concept number, colour number
+Question = tuple[int, Scene]  # concept number, and how it is to be drawn
 
 
-def questions(count: int, seed: int = 11) -> list[Question]:
-    """Random concepts (none twice while they last) with random backgrounds."""
+def plain_questions(count: int, seed: int = 11) -> list[Question]:
+    """Random concepts (none twice while they last) on random backgrounds."""
     rng, things = np.random.default_rng(seed), len(concepts())
     order = np.concatenate([rng.permutation(things) for _ in range(-(-count // things))])[:count]
-    return [(int(thing), int(rng.integers(len(COLOURS)))) for thing in order]
+    return [(int(thing), Scene(list(COLOURS)[int(rng.integers(len(COLOURS)))])) for thing in order]
+
+
+def scene_questions(count: int, seed: int = 13) -> list[Question]:
+    """Random concepts of which a size, a place or a number is asked, too."""
+    rng, asked = np.random.default_rng(seed), plain_questions(count, seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = random_scene(rng)
+        if scene.size or scene.place or scene.times > 1:
+            scenes.append(scene)
+    return [(thing, scene) for (thing, _), scene in zip(asked, scenes, strict=True)]
 
 
 def prompts(asked: Sequence[Question]) -> list[str]:
     """The questions in words."""
-    chosen: list[Concept] = concepts()
-    return [Scene(list(COLOURS)[colour]).caption(chosen[thing].name) for thing, colour in asked]
+    names = [concept.name for concept in concepts()]
+    return [scene.caption(names[thing]) for thing, scene in asked]
 
 
 def obedience(judge: Judge, pictures: Sequence[Image.Image], asked: Sequence[Question]) -> dict[str, float]:
-    """Shares of pictures whose concept (first, among five) and background are what was asked."""
-    things, colours = [c.name for c in concepts()], list(COLOURS)
+    """Shares of pictures that show what was asked: the concept (first, among five), and all that the scene says."""
+    names = [concept.name for concept in concepts()]
     named = [
-        (things[thing] == five[0], things[thing] in five)
+        (names[thing] == five[0], names[thing] in five)
         for (thing, _), five in zip(asked, judge.name_concepts(pictures, best=5), strict=True)
     ]
-    grounds = [
-        colours[colour] == name for (_, colour), name in zip(asked, judge.name_backgrounds(pictures), strict=True)
-    ]
     first, among = np.mean(named, axis=0)
-    return {
-        "concept_top1": round(float(first), 4),
-        "concept_top5": round(float(among), 4),
-        "background": round(float(np.mean(grounds)), 4),
-    }
+    seen = shares([obeyed(picture, words) for picture, words in zip(pictures, prompts(asked), strict=True)])
+    found = {"concept_top1": float(first), "concept_top5": float(among)} | seen
+    return {name: round(share, 4) for name, share in found.items()}
 
 
-def contact_sheet(pictures: Sequence[Image.Image], texts: list[str], path: Path, columns: int = 8) -> None:
-    """Save the pictures, twice enlarged, each over its prompt."""
+def contact_sheet(shown: Sequence[tuple[Image.Image, str]], path: Path, columns: int = 8) -> None:
+    """Save pictures, twice enlarged, each over its prompt."""
     width, height = 2 * PIXELS + 12, 2 * PIXELS + 34
-    rows = -(-len(texts) // columns)
+    rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     pen, edge = ImageDraw.Draw(sheet), 2 * PIXELS
-    for number, (picture, words) in enumerate(zip(pictures, texts, strict=True)):
+    for number, (picture, words) in enumerate(shown):
         left, top = number % columns * width + 6, number // columns * height + 6
         sheet.paste(picture.resize((edge, edge), Image.Resampling.BICUBIC), (left, top))
         subject, _, ground = words.partition(" on ")

@@ -17,6 +17,7 @@ from tests.training.runs import examples
 SDXL: list[Method] = [
     KronA(4, 16),
     KronA(4, 16, num_terms=2),
+    KronA(4, 16, factor_pattern={"to_k|to_v": (2, 8)}),
     LoRA(2),
     LoKr(factor=8),
     LoKr(2, factor=4),

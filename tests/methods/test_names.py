@@ -16,6 +16,7 @@ def test_by_name(name):
 
 def test_options():
     assert method_from("krona", a1=8, num_terms=2) == KronA(8, num_terms=2)
+    assert method_from("krona", factor_pattern={"to_k": [2, 8]}) == KronA(factor_pattern={"to_k": (2, 8)}) != KronA()
     assert "rank=8" in method_from("lora", rank=8).description
     assert method_from("lora", text_encoders=True).description.endswith("denoiser and text encoders")
 
@@ -35,6 +36,7 @@ def test_options():
         ("loha", {"alpha": float("nan")}, "alpha must be"),
         ("lora", {"targets": "("}, "targets has"),
         ("krona", {"a1": 0}, "a1, a2"),
+        ("krona", {"factor_pattern": {"to_k": (2,)}}, "to_k"),
         ("krona", {"targets": "("}, "not a regular expression"),
         ("dreambooth", {"text_encoders": 1}, "True or False"),
         ("custom-diffusion", {"text_encoders": True}, "no cross-attention"),

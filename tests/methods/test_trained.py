@@ -37,6 +37,8 @@ def test_krona_by_its_formula(sd):
     expected = sum(4 * 64 + (d // 4) * (h // 64) for d, h in sizes)
     assert KronA().count(sd) == expected == 398_048
     assert KronA(num_terms=3).count(sd) == 3 * expected
+    squares = sum(64 + d // 8 * (h // 8) for d, h in sizes)
+    assert KronA(factor_pattern={".*": (8, 8)}).count(sd) == squares
     assert KronA(text_encoders=True).count(sd) == expected + 48 * (4 * 64 + 192 * 12)
 
 

@@ -29,6 +29,7 @@ def test_defaults_are_the_papers():
         ("learning_rate", float("nan")),
         ("learning_rate", "5e-4"),
         ("text_encoder_lr", 0.0),
+        ("loraplus_lr_ratio", 0.0),
         ("adam_beta1", 1.0),
         ("adam_beta2", -0.1),
         ("adam_epsilon", 0.0),

@@ -67,6 +67,7 @@ ABILITIES: dict[str, dict[str, Values]] = {
     },
     "optimizer": {
         "adamw": {},
+        "adamw, B faster": {"loraplus_lr_ratio": 4.0},
         "adamw8bit": {"optimizer": "adamw8bit"},
         "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
     },

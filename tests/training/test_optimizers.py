@@ -121,6 +121,26 @@ def test_a_learning_rate_of_no_text_encoder_is_refused():
         optimizer_of(parameters(), config)
 
 
+def test_b_has_a_multiple_of_as_learning_rate_in_every_part():
+    names = ("krona_A", "krona_B", "krona_B1", "krona_B2", "lora_A.default.weight", "lora_B.default.weight")
+    found = {f"{part}.to_q.{name}": nn.Parameter(torch.ones(2)) for part in ("unet", "text_encoder") for name in names}
+    config = TrainingConfig(
+        learning_rate=1e-3, text_encoder_lr=1e-4, train_text_encoder=True, loraplus_lr_ratio=8, adam_weight_decay=0
+    )
+    optimizer = optimizer_of(found, config)
+    for parameter in found.values():
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    for name, parameter in found.items():
+        rate = (1e-3 if name.startswith("unet") else 1e-4) * (8 if "_B" in name else 1)
+        assert float(1 - parameter.detach()[0]) == pytest.approx(rate, rel=0.01), name
+
+
+def test_a_learning_rate_of_no_b_is_refused():
+    with pytest.raises(TrainingConfigError, match="loraplus_lr_ratio is given, but nothing"):
+        optimizer_of(parameters(), TrainingConfig(loraplus_lr_ratio=2))
+
+
 def test_without_text_encoders_there_is_one_group_and_without_a_rate_of_their_own_they_have_the_common_one():
     assert len(optimizer_of({"unet.large": parameters()["unet.large"]}, CONFIG).param_groups) == 1
     assert {group["lr"] for group in optimizer_of(parameters(), CONFIG).param_groups} == {0.1}
@@ -128,9 +148,10 @@ def test_without_text_encoders_there_is_one_group_and_without_a_rate_of_their_ow
 
 def test_prodigy_finds_one_learning_rate_and_refuses_two():
     need("prodigy")
-    config = TrainingConfig(optimizer="prodigy", learning_rate=1.0, text_encoder_lr=0.5, train_text_encoder=True)
-    with pytest.raises(TrainingConfigError, match="leave those of text encoders out"):
-        optimizer_of(parameters(), config)
+    found = {**parameters(), "unet.to_q.krona_B": nn.Parameter(torch.ones(2))}
+    for more in ({"text_encoder_lr": 0.5, "train_text_encoder": True}, {"loraplus_lr_ratio": 2}):
+        with pytest.raises(TrainingConfigError, match="leave those of text encoders and of B out"):
+            optimizer_of(found, TrainingConfig(optimizer="prodigy", learning_rate=1.0, **more))
 
 
 @pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -37,13 +37,14 @@ class KronA(Method):
     num_terms: int = 1
     alpha: float = 1.0
     targets: str = ATTENTION
+    factor_pattern: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     init_a: Init = "normal"
     init_b: Init = "zeros"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            self._config()
+            object.__setattr__(self, "factor_pattern", self._config().factor_pattern)  # as tuples
         except ConfigError as error:
             raise MethodError(str(error)) from error
 

@@ -29,6 +29,7 @@ class TrainingConfig:
         text_encoder_lr: Learning rate of the text encoders' adapters; by default the same.
         text_encoder_2_lr: That of the second text encoder, of SDXL and SD3; by default text_encoder_lr.
         text_encoder_3_lr: That of the third one, of SD3; by default text_encoder_lr.
+        loraplus_lr_ratio: Learning rate of B, of KronA and of LoRA, over that of A; LoRA+'s λ.
         train_text_encoder: Adapt the text encoders' attention, too, as the paper does for Stable Diffusion 1.x. They
             are then run in every step.
         train_batch_size: Images per pass and process; may exceed the number of images, which are then drawn repeatedly.
@@ -67,6 +68,7 @@ class TrainingConfig:
     text_encoder_lr: float | None = None
     text_encoder_2_lr: float | None = None
     text_encoder_3_lr: float | None = None
+    loraplus_lr_ratio: float = 1.0
     train_text_encoder: bool = False
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
@@ -100,7 +102,7 @@ class TrainingConfig:
             check_whole(name, getattr(self, name), 1)
         for name in ("seed", "lr_warmup_steps"):
             check_whole(name, getattr(self, name), 0)
-        for name in ("learning_rate", "adam_epsilon", "lr_power"):
+        for name in ("learning_rate", "loraplus_lr_ratio", "adam_epsilon", "lr_power"):
             check_number(name, getattr(self, name), above=0)
         for name in ("adam_weight_decay", "max_grad_norm", "noise_offset", "prior_loss_weight"):
             check_number(name, getattr(self, name), least=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ from .errors import TrainingConfigError
 
 
 def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer that a config names, with each text encoder's parameters in a group of their own.
+    """The optimizer that a config names, with groups for text encoders and for B that have a rate of their own.
 
     Args:
-        parameters: by name; a text encoder's starts with `text_encoder`.
+        parameters: by name; a text encoder's starts with `text_encoder`, and B's ends in `krona_B` or `lora_B`.
         config: optimizer, learning rates, betas, decay.
 
     Raises:
@@ -39,19 +40,32 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig)
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
-    """The denoiser's parameters and each text encoder's, with their learning rates."""
-    by_part: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        part = name.partition(".")[0]
-        by_part.setdefault(part if part.startswith("text_encoder") else "", []).append(parameter)
+    """The parameters by their learning rates: the denoiser's, each text encoder's, and B's among them."""
+    parts = {_part(name) for name in parameters}
     common = config.text_encoder_lr or config.learning_rate
     rates = {"": config.learning_rate, "text_encoder": common}
     for name in ENCODER_RATES[1:]:
         part, rate = name.removesuffix("_lr"), getattr(config, name)
-        if rate is not None and part not in by_part:
+        if rate is not None and part not in parts:
             raise TrainingConfigError(f"{name} is given, but the pipeline has no {part} that is trained.")
         rates[part] = rate or common
-    return [{"params": by_part[part], "lr": rate} for part, rate in rates.items() if part in by_part]
+    ratio = config.loraplus_lr_ratio
+    if ratio != 1 and not any(_is_b(name) for name in parameters):
+        raise TrainingConfigError("loraplus_lr_ratio is given, but nothing that is trained is a B of KronA or LoRA.")
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(part, b): [] for part in rates for b in (False, True)}
+    for name, parameter in parameters.items():
+        groups[_part(name), ratio != 1 and _is_b(name)].append(parameter)
+    return [{"params": group, "lr": rates[part] * (ratio if b else 1)} for (part, b), group in groups.items() if group]
+
+
+def _part(name: str) -> str:
+    """The text encoder that a parameter belongs to, or "" for the denoiser."""
+    part = name.partition(".")[0]
+    return part if part.startswith("text_encoder") else ""
+
+
+def _is_b(name: str) -> bool:
+    return bool(re.search(r"\.(krona|lora)_B[12]?(\.|$)", name))
 
 
 def _adamw8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -70,7 +84,7 @@ def _prodigy(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.opt
         raise TrainingConfigError("optimizer 'prodigy' needs prodigyopt: pip install prodigyopt.") from error
     if len({group["lr"] for group in groups}) > 1:
         raise TrainingConfigError(
-            "optimizer 'prodigy' finds one learning rate for all: leave those of text encoders out."
+            "optimizer 'prodigy' finds one learning rate for all: leave those of text encoders and of B out."
         )
     optimizer: torch.optim.Optimizer = Prodigy(groups, **options)
     return optimizer
