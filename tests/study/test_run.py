@@ -31,14 +31,26 @@ SMALLER = {
         "seeds": [0],
         "search_subjects": 1,
     },
-    "factors": {"a1": [1, 4], "a2": [4], "subjects": 1},
+    "factors": {"a1": [1, 4], "a2": [4], "subjects": 1, "learning_rates": [1e-3]},
     "steps": {"steps": [1, 2], "subjects": 1},
     "images": {"images": [1, 2], "subjects": 1},
     "guidance": {"scales": [1.0, 2.0], "subjects": 1},
     "inference-steps": {"steps": [1, 2], "subjects": 1},
     "init": {"subjects": 1, "pairs": [["normal", "zeros"], ["kaiming_uniform", "kaiming_uniform"]]},
-    "modules": {"subjects": 1},
+    "modules": {"subjects": 1, "learning_rates": [1e-3]},
     "rank": {"subjects": 1},
+    "beyond": {
+        "methods": {
+            "ours": {"method": "krona", "a1": 4, "a2": 4, "rates": [1e-3]},
+            "LoRA": {"method": "lora", "rank": 1, "rates": [1e-3]},
+            "smaller": {"method": "krona", "a1": 8, "a2": 8, "rates": [1e-3, 1e-1]},
+            "as many": {"method": "krona", "a1": 4, "a2": 4, "alpha": 2.0, "rates": [1e-3]},
+            "more": {"method": "krona", "a1": 1, "a2": 1, "rates": [1e-3]},
+        },
+        "rivals": ["ours", "LoRA"],
+        "seeds": [0],
+        "search_subjects": 1,
+    },
 }
 
 
@@ -114,8 +126,45 @@ def quality_of(results, arm):
     return 2 * dino * obeyed / (dino + obeyed) if dino > 0 and obeyed > 0 else 0.0
 
 
+def test_best_at_their_learning_rates_are_shown_and_no_others(smaller, tmp_path):
+    values = {"a1": [1, 4], "a2": [4], "subjects": 2, "learning_rates": [1e-3, 1e-1, 1.0]}
+    study = chosen_study("factors", replace(smaller, studies={"factors": values}))
+    text = run_study(study, smaller, tmp_path).read_text(encoding="utf-8")
+    results = Results(study, smaller, Records(tmp_path / "records.jsonl", smaller.shared()))
+    for label in ("(1, 4)", "(4, 4)"):
+        best = max((arm for arm in study.arms() if arm.label == label), key=lambda arm: quality_of(results, arm))
+        rows = [line for line in text.splitlines() if line.startswith(f"| {label} ")]
+        assert len(rows) == 1
+        assert f"| {best.spec.training['learning_rate']:g} |" in rows[0]
+        assert f"| {results.estimate(best, 'dino')} |" in rows[0]
+
+
+def test_beyond_compares_the_best_that_is_no_larger_on_subjects_that_it_was_not_chosen_on(smaller, tmp_path):
+    study = chosen_study("beyond", smaller)
+    run_study(study, smaller, tmp_path)
+    records = Records(tmp_path / "records.jsonl", smaller.shared())
+    of_search, final = Results(study._search(), smaller, records), Results(study, smaller, records)
+    assert study.subjects_in(smaller) == ("cup",)
+    assert study._search().subjects_in(smaller) == ("bear",)
+    fitting = [arm for arm in study.arms() if arm.label in ("smaller", "as many")]
+    best = max(fitting, key=lambda arm: quality_of(of_search, arm))
+    compared = [arm for arm in study.arms() if final.estimate(arm, "dino").count]
+    assert sorted(arm.label for arm in compared) == sorted(["ours", "LoRA", best.label])
+    assert best in compared
+
+
+def test_beyond_without_subjects_to_compare_on_or_without_configurations_says_so(smaller, tmp_path):
+    with pytest.raises(KronAError, match="held_back"):
+        run_study(chosen_study("beyond", smaller), replace(smaller, held_back=()), tmp_path)
+    values = {**SMALLER["beyond"], "methods": {k: SMALLER["beyond"]["methods"][k] for k in ("ours", "LoRA", "more")}}
+    study = chosen_study("beyond", replace(smaller, studies={"beyond": values}))
+    with pytest.raises(KronAError, match="No configuration has at most the parameters of ours"):
+        run_study(study, smaller, tmp_path)
+
+
 def test_what_cannot_be_measured_is_named_and_all_else_is(smaller, tmp_path):
-    study = chosen_study("factors", replace(smaller, studies={"factors": {"a1": [4, 7], "a2": [4], "subjects": 1}}))
+    values = {"a1": [4, 7], "a2": [4], "subjects": 1, "learning_rates": [1e-3]}
+    study = chosen_study("factors", replace(smaller, studies={"factors": values}))
     with pytest.raises(KronAError, match=r"1 of 2 .*a1"):
         run_study(study, smaller, tmp_path)
     assert len(Records(tmp_path / "records.jsonl", smaller.shared())) == 1
@@ -134,9 +183,10 @@ def test_wrong_names_are_told(settings, name, values, said):
         chosen_study(name, replace(settings, studies={name: values}))
 
 
-def test_no_subject_that_is_held_back_is_ever_used(smaller):
+def test_no_choice_is_made_on_a_subject_that_is_held_back(smaller):
     for name in STUDIES:
-        assert "cup" not in chosen_study(name, replace(smaller, studies={})).subjects_in(smaller)
+        if name != "beyond":
+            assert "cup" not in chosen_study(name, replace(smaller, studies={})).subjects_in(smaller)
 
 
 def without_times(page):

@@ -208,3 +208,17 @@ def quality(results: Results, arm: Arm) -> float:
     if fidelity.count <= results.diverged(arm) or fidelity.mean <= 0 or obedience.mean <= 0:
         return 0.0
     return 2 / (1 / fidelity.mean + 1 / obedience.mean)
+
+
+def best_of_each(arms: Sequence[Arm], results: Results) -> list[Arm]:
+    """Of the arms with equal labels, which differ in the learning rate, the one with the best quality."""
+    lines: dict[str, list[Arm]] = {}
+    for arm in arms:
+        lines.setdefault(arm.label, []).append(arm)
+    return [line[0] if len(line) == 1 else max(line, key=lambda arm: quality(results, arm)) for line in lines.values()]
+
+
+def learning_rate(arm: Arm) -> str:
+    """An arm's, for `arms_table`; the base alone has none."""
+    rate = arm.spec.training.get("learning_rate")
+    return "–" if rate is None else f"{rate:g}"

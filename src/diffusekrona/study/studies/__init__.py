@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..study import Study
+from .beyond import Beyond
 from .factors import Factors
 from .init import Init
 from .methods import Methods
@@ -13,5 +14,5 @@ from .stability import Stability
 
 STUDIES: dict[str, type[Study]] = {
     study.name: study
-    for study in (Stability, Methods, Factors, Init, Modules, Steps, Images, Guidance, InferenceSteps, Rank)
+    for study in (Stability, Methods, Factors, Init, Modules, Steps, Images, Guidance, InferenceSteps, Rank, Beyond)
 }

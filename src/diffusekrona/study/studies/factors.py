@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import along
-from ..study import Page, Results, Study, arms_table, number
+from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate, number
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Factors(Study):
     Args:
         a1: rows of A.
         a2: columns of A.
-        learning_rate: of all of them.
+        learning_rates: that each pair has to choose from, as A starts smaller the larger a2 is.
     """
 
     subjects: int | None = 3
     a1: tuple[int, ...] = (1, 2, 4, 8, 16)
     a2: tuple[int, ...] = (1, 4, 16, 64)
-    learning_rate: float = 2e-3
+    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
 
     name: ClassVar[str] = "factors"
     question: ClassVar[str] = (
@@ -33,20 +33,25 @@ class Factors(Study):
     )
 
     def arms(self) -> Sequence[Arm]:
-        """All pairs."""
+        """All pairs at all learning rates."""
         return [
             Arm(
                 f"({a1}, {a2})",
-                Spec("krona", {"a1": a1, "a2": a2}, {"learning_rate": self.learning_rate}),
+                Spec("krona", {"a1": a1, "a2": a2}, {"learning_rate": rate}),
                 series=f"a1 = {a1}",
                 x=a2,
             )
             for a1 in self.a1
             for a2 in self.a2
+            for rate in self.learning_rates
         ]
 
     def page(self, results: Results) -> Page:
-        """Scores and parameters of each pair."""
-        time = {"ms a step": number(results, "seconds_per_step", ".0f", 1e-3)}
-        table = arms_table(self.arms(), results, {"parameters": number(results, "parameters", ",.0f"), **time})
-        return Page(table, {"factors": along(self.arms(), results, "a2")})
+        """Scores and parameters of each pair at its best learning rate."""
+        best = best_of_each(self.arms(), results)
+        more = {
+            "learning rate": learning_rate,
+            "parameters": number(results, "parameters", ",.0f"),
+            "ms a step": number(results, "seconds_per_step", ".0f", 1e-3),
+        }
+        return Page(arms_table(best, results, more), {"factors": along(best, results, "a2")})

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import against
-from ..study import Page, Results, Study, arms_table
+from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Init(Study):
 
     Args:
         pairs: how A starts and how B starts.
-        learning_rate: of all of them.
+        learning_rates: that each pair has to choose from, as some start much larger than others.
     """
 
     subjects: int | None = 3
@@ -31,7 +31,7 @@ class Init(Study):
         ("kaiming_uniform", "kaiming_uniform"),
         ("xavier_uniform", "xavier_uniform"),
     )
-    learning_rate: float = 2e-3
+    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
 
     name: ClassVar[str] = "init"
     question: ClassVar[str] = (
@@ -39,15 +39,17 @@ class Init(Study):
     )
 
     def arms(self) -> Sequence[Arm]:
-        """All pairs."""
+        """All pairs at all learning rates."""
         return [
             Arm(
                 f"A {a}, B {b}",
-                Spec("krona", {"a1": 4, "a2": 64, "init_a": a, "init_b": b}, {"learning_rate": self.learning_rate}),
+                Spec("krona", {"a1": 4, "a2": 64, "init_a": a, "init_b": b}, {"learning_rate": rate}),
             )
             for a, b in self.pairs
+            for rate in self.learning_rates
         ]
 
     def page(self, results: Results) -> Page:
-        """Scores of each pair."""
-        return Page(arms_table(self.arms(), results), {"init": against(self.arms(), results)})
+        """Scores of each pair at its best learning rate."""
+        best = best_of_each(self.arms(), results)
+        return Page(arms_table(best, results, {"learning rate": learning_rate}), {"init": against(best, results)})

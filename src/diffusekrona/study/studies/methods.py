@@ -10,7 +10,18 @@ from ..cells import BASE, Arm, Cell, Spec
 from ..figures import against
 from ..records import Records
 from ..settings import StudySettings
-from ..study import Page, Results, Study, arms_table, difference_table, number, quality, spec_of
+from ..study import (
+    Page,
+    Results,
+    Study,
+    arms_table,
+    best_of_each,
+    difference_table,
+    learning_rate,
+    number,
+    quality,
+    spec_of,
+)
 
 ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
@@ -35,6 +46,7 @@ class Methods(Study):
         default_factory=lambda: {
             "KronA (4, 64)": {"method": "krona", "a1": 4, "a2": 64, "rates": ADAPTERS},
             "KronA (8, 64)": {"method": "krona", "a1": 8, "a2": 64, "rates": ADAPTERS},
+            "KronA (4, 64), 2 terms": {"method": "krona", "a1": 4, "a2": 64, "num_terms": 2, "rates": ADAPTERS},
             "LoRA r=4": {"method": "lora", "rank": 4, "rates": ADAPTERS},
             "LoKr, factor 8": {"method": "lokr", "factor": 8, "rates": ADAPTERS},
             "LoHa r=4": {"method": "loha", "rank": 4, "rates": ADAPTERS},
@@ -60,46 +72,56 @@ class Methods(Study):
 
     def cells(self, settings: StudySettings, records: Records) -> list[Cell]:
         """The search, and once that is done, each method at its best learning rate."""
-        unsettled = [label for label in self.methods if len(self._line(label)) > 1]
-        search = self._search().plain_cells(settings, [arm for label in unsettled for arm in self._line(label)])
+        search = self._search_cells(settings)
         if any(cell not in records for cell in search):
             return search
-        best = self._best(Results(self._search(), settings, records))
-        return [*search, *self.plain_cells(settings, [*best, UNTRAINED])]
+        compared = self._compared(Results(self._search(), settings, records))
+        return [*search, *self.plain_cells(settings, [*compared, UNTRAINED])]
 
     def page(self, results: Results) -> Page:
         """Scores, number, file sizes and costs at the best learning rates, and what was chosen from."""
         search = results.of(self._search())
-        best = self._best(search)
+        compared = self._compared(search)
         more = {
+            "learning rate": learning_rate,
             "parameters": number(results, "parameters", ",.0f"),
             "memory": number(results, "memory", ",.1f", 1e6),
             "file": number(results, "bytes", ",.0f", 1e3),
             "ms a step": number(results, "seconds_per_step", ".0f", 1e-3),
         }
-        chosen = ["| | learning rate: quality |", "|---|---|"]
-        for label in self.methods:
-            line = self._line(label)
-            found = [f"{arm.x:g}: {quality(search, arm):.3f}" for arm in line] if len(line) > 1 else [f"{line[0].x:g}"]
-            chosen.append(f"| {label} | {', '.join(found)} |")
         note = (
             "Memory, in MB, is what a step takes beside the weights: gradients, AdamW's moments and what is kept for "
             "the backward pass; files are in kB. The differences are those of each subject and seed to "
-            f"{best[0].label}'s."
+            f"{compared[0].label}'s."
         )
-        differences = difference_table(best[1:], best[0], results)
-        parts = [arms_table([*best, UNTRAINED], results, more), note, differences, "The search:", "\n".join(chosen)]
-        text = "\n\n".join(parts)
-        return Page(text, {"methods": against(best, results)})
+        differences = difference_table(compared[1:], compared[0], results)
+        table = arms_table([*compared, UNTRAINED], results, more)
+        text = "\n\n".join([table, note, differences, self._searched(search)])
+        return Page(text, {self.name: against(compared, results)})
 
     def _line(self, label: str) -> list[Arm]:
         method = {name: value for name, value in self.methods[label].items() if name != "rates"}
         rates = self.methods[label]["rates"]
         return [Arm(label, spec_of(method, learning_rate=rate), series=label, x=rate) for rate in rates]
 
-    def _search(self) -> Methods:
+    def _search(self) -> Study:
+        """The study of the learning rates, on subjects and seeds of its own."""
         return Methods(self.search_subjects, self.search_seeds, self.methods, self.search_subjects, self.search_seeds)
 
-    def _best(self, search: Results) -> list[Arm]:
-        lines = [self._line(label) for label in self.methods]
-        return [line[0] if len(line) == 1 else max(line, key=lambda arm: quality(search, arm)) for line in lines]
+    def _search_cells(self, settings: StudySettings) -> list[Cell]:
+        """Of all methods that have more than one learning rate to choose from."""
+        unsettled = [label for label in self.methods if len(self._line(label)) > 1]
+        return self._search().plain_cells(settings, [arm for label in unsettled for arm in self._line(label)])
+
+    def _compared(self, search: Results) -> list[Arm]:
+        """What the search leaves to be compared; the first is what the others' differences are to."""
+        return best_of_each(self.arms(), search)
+
+    def _searched(self, search: Results) -> str:
+        """The search's outcome, as a Markdown table."""
+        lines = ["The search:", "", "| | quality at each learning rate |", "|---|---|"]
+        for label in self.methods:
+            line = self._line(label)
+            found = [f"{quality(search, arm):.3f} at {arm.x:g}" for arm in line] if len(line) > 1 else ["one only"]
+            lines.append(f"| {label} | {', '.join(found)} |")
+        return "\n".join(lines)

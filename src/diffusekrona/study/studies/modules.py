@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..cells import Arm, Spec
+from ..cells import Arm
 from ..figures import against
-from ..study import Page, Results, Study, arms_table, number
+from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate, number, spec_of
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Modules(Study):
     """Kinds of layers.
 
     Args:
-        learning_rate: of all of them.
+        learning_rates: that each kind has to choose from.
     """
 
     subjects: int | None = 3
-    learning_rate: float = 2e-3
+    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
 
     name: ClassVar[str] = "modules"
     question: ClassVar[str] = (
@@ -39,15 +39,16 @@ class Modules(Study):
             "V": r".*attn\d\.to_v",
             "O": r".*attn\d\.to_out\.0",
         }
-        rate = {"learning_rate": self.learning_rate}
-        arms = [
-            Arm(label, Spec("krona", {"a1": 4, "a2": 64, "targets": modules}, rate))
-            for label, modules in targets.items()
+        kinds: dict[str, dict[str, Any]] = {label: {"targets": modules} for label, modules in targets.items()}
+        kinds["attention and text encoders"] = {"text_encoders": True, "training": {"train_text_encoder": True}}
+        return [
+            Arm(label, spec_of({"method": "krona", "a1": 4, "a2": 64, **kind}, learning_rate=rate))
+            for label, kind in kinds.items()
+            for rate in self.learning_rates
         ]
-        both = Spec("krona", {"a1": 4, "a2": 64, "text_encoders": True}, {**rate, "train_text_encoder": True})
-        return [*arms, Arm("attention and text encoders", both)]
 
     def page(self, results: Results) -> Page:
-        """Scores and parameters of each kind."""
-        table = arms_table(self.arms(), results, {"parameters": number(results, "parameters", ",.0f")})
-        return Page(table, {"modules": against(self.arms(), results)})
+        """Scores and parameters of each kind at its best learning rate."""
+        best = best_of_each(self.arms(), results)
+        more = {"learning rate": learning_rate, "parameters": number(results, "parameters", ",.0f")}
+        return Page(arms_table(best, results, more), {"modules": against(best, results)})
