@@ -1,6 +1,7 @@
 """Studies from name to page, killed and gone on with, in one process and in two."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,18 @@ def test_a_study_goes_on_where_it_was_killed(smaller, tmp_path, monkeypatch):
     part = run_study(study, smaller, tmp_path / "part")
     assert len(asked) == 1
     assert without_times(part) == without_times(whole)
+
+
+def test_a_process_that_is_killed_is_told_of_and_what_was_measured_is_kept(smaller, tmp_path):
+    values = {"a1": [1, 2, 4, 8], "a2": [4], "subjects": 1, "learning_rates": [1e-3]}
+    study = chosen_study("factors", replace(smaller, studies={"factors": values}))
+
+    def kill_one(done, total):
+        multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(KronAError, match="was killed"):
+        run_study(study, smaller, tmp_path, workers=2, on_record=kill_one)
+    assert 1 <= len(Records(tmp_path / "records.jsonl", smaller.shared())) < 4
 
 
 def test_two_processes_find_what_one_finds(smaller, tmp_path):

@@ -8,7 +8,6 @@ from typing import ClassVar
 from peft import LoHaConfig, PeftConfig
 
 from ..factors import loha_parameters
-from .method import MethodError
 from .peft_method import PeftMethod
 
 
@@ -19,11 +18,6 @@ class LoHa(PeftMethod):
     name: ClassVar[str] = "loha"
     label: ClassVar[str] = "LoHa"
     prefix: ClassVar[str] = "hada_"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank is None:
-            raise MethodError("rank must be a whole number of at least 1, not None.")
 
     def _config(self, targets: str | list[str]) -> PeftConfig:
         assert self.rank is not None

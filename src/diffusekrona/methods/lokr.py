@@ -27,6 +27,7 @@ class LoKr(PeftMethod):
     name: ClassVar[str] = "lokr"
     label: ClassVar[str] = "LoKr"
     prefix: ClassVar[str] = "lokr_"
+    needs_rank: ClassVar[bool] = False
 
     rank: int | None = None
     factor: int = -1

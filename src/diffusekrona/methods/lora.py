@@ -8,7 +8,6 @@ from typing import ClassVar
 from peft import LoraConfig, PeftConfig
 
 from ..factors import lora_parameters
-from .method import MethodError
 from .peft_method import PeftMethod
 
 
@@ -24,11 +23,6 @@ class LoRA(PeftMethod):
     label: ClassVar[str] = "LoRA-DreamBooth"
     file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
     prefix: ClassVar[str] = "lora_"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank is None:
-            raise MethodError("rank must be a whole number of at least 1, not None.")
 
     def _config(self, targets: str | list[str]) -> PeftConfig:
         assert self.rank is not None

@@ -28,6 +28,7 @@ class PeftMethod(Method):
 
     Attributes:
         prefix: what PEFT's names of the adapter's tensors start with.
+        needs_rank: whether it is of a low rank in any case.
         alpha: the update's scale times the rank, as PEFT has it; None is the rank, for a scale of 1.
         targets: a word or a regular expression, as `KronAConfig.target_modules` takes it.
 
@@ -36,6 +37,7 @@ class PeftMethod(Method):
     """
 
     prefix: ClassVar[str]
+    needs_rank: ClassVar[bool] = True
 
     rank: int | None = 4
     alpha: float | None = None
@@ -43,7 +45,7 @@ class PeftMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank is not None:
+        if self.needs_rank or self.rank is not None:
             check_whole("rank", self.rank)
         if self.alpha is not None:
             check_scale("alpha", self.alpha)

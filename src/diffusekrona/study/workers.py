@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def measure(
         on_record: told how many of the missing cells are done.
 
     Raises:
-        KronAError: a model could not be trained; all others are measured first.
+        KronAError: a model could not be trained; all others are measured first. Or a process was killed.
     """
     missing = list({cell.key: cell for cell in cells if cell not in records}.values())
     groups = list(_by_model(missing))
@@ -78,6 +79,11 @@ def _outcomes(
         try:
             for future in as_completed(waiting):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise KronAError(
+                "A process of the study was killed, perhaps for want of memory. What it was at is not measured; run "
+                "the study again, with fewer --workers."
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
