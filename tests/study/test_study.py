@@ -1,25 +1,179 @@
-"""Differences are of the same subject and seed, also where models diverged."""
+"""Tables and figures say of measurements what plain arithmetic says of them."""
+
+from statistics import mean, pstdev
 
 import pytest
 
-from diffusekrona.study.cells import Arm, Cell, Spec
+from diffusekrona.study.cells import BASE, Arm, Cell, Spec, View
+from diffusekrona.study.figures import against, along
 from diffusekrona.study.records import Record, Records
+from diffusekrona.study.statistics import estimate
 from diffusekrona.study.studies import STUDIES
-from diffusekrona.study.study import Results
+from diffusekrona.study.studies.stability import Stability
+from diffusekrona.study.study import (
+    Results,
+    arms_table,
+    best_of_each,
+    difference_table,
+    learning_rate,
+    number,
+    quality,
+    spec_of,
+)
 
 ONE, TWO = Arm("one", Spec("krona")), Arm("two", Spec("lora"))
+DIVERGED = {"diverged": True}
 
 
-def test_differences_are_of_pairs(settings, tmp_path):
-    study = STUDIES["stability"](subjects=None, seeds=(0, 1))
-    records = Records(tmp_path / "records.jsonl", {})
-    for arm, scores in ((ONE, {("bear", 0): 0.5, ("bear", 1): 0.75}), (TWO, {("bear", 1): 0.25, ("car", 0): 0.125})):
-        for subject in ("bear", "car"):
-            for seed in (0, 1):
-                score = scores.get((subject, seed))
-                found = {"diverged": True} if score is None else {"dino": score}
-                records.add(Record(Cell(arm.spec, arm.view, subject, seed), found))
-    results = Results(study, settings, records)
-    assert results.difference(ONE, TWO, "dino").mean == pytest.approx(0.5)
-    assert results.difference(ONE, TWO, "dino").count == 1
-    assert (results.diverged(ONE), results.diverged(TWO)) == (2, 2)
+@pytest.fixture
+def results(settings, tmp_path):
+    """Results of two subjects and two seeds from what each arm's cells found, a list for each subject."""
+
+    def made(found, study=None):
+        study = study or STUDIES["stability"](subjects=None, seeds=(0, 1))
+        records = Records(tmp_path / "records.jsonl", {})
+        for arm, by_subject in found:
+            for subject, by_seed in zip(("bear", "car"), by_subject, strict=True):
+                for seed, value in enumerate(by_seed):
+                    if value is not None:
+                        records.add(Record(Cell(arm.spec, arm.view, subject, seed), value))
+        return Results(study, settings, records)
+
+    return made
+
+
+def scores(*dinos, **more):
+    return [[{"dino": value, **more} for value in dinos]] * 2
+
+
+def test_differences_are_of_the_same_subject_and_seed_also_where_models_diverged(results):
+    one = [[{"dino": 0.5}, {"dino": 0.75}], [DIVERGED, DIVERGED]]
+    two = [[DIVERGED, {"dino": 0.25}], [{"dino": 0.125}, DIVERGED]]
+    both = results([(ONE, one), (TWO, two)])
+    assert both.difference(ONE, TWO, "dino").mean == pytest.approx(0.5)
+    assert both.difference(ONE, TWO, "dino").count == 1
+    assert (both.diverged(ONE), both.diverged(TWO)) == (2, 2)
+    assert "| two | -0.500 |" in difference_table([TWO], ONE, both)
+
+
+def test_what_diverged_is_counted_and_has_no_part_in_the_mean(results):
+    found = results([(ONE, [[{"dino": 0.5}, {"dino": 0.7}], [DIVERGED, {"dino": 0.2}]]), (TWO, [[DIVERGED] * 2] * 2)])
+    assert found.found(ONE, "dino") == [[0.5, 0.7], [0.2]]
+    assert found.found(TWO, "dino") == []
+    table = arms_table([ONE, TWO], found)
+    assert f"| one (1 diverged) | {estimate([[0.5, 0.7], [0.2]])} |" in table
+    assert "| two (4 diverged) |" in table
+    assert "CLIP" not in table
+
+
+def test_costs_stand_beside_the_scores_and_the_base_has_none(results):
+    base = Arm("base", Spec(BASE))
+    adapted = Arm("adapted", Spec("krona", {}, {"learning_rate": 2e-3}))
+    found = results([(adapted, scores(0.5, 0.6, bytes=2500, deep={"er": 3})), (base, scores(0.1, 0.1))])
+    more = {"kB": number(found, "bytes", ".1f", 1e3), "deeper": number(found, "deep.er", ".0f"), "rate": learning_rate}
+    rows = arms_table([adapted, base], found, more).splitlines()
+    assert rows[0].endswith("| kB | deeper | rate |")
+    assert rows[2].endswith("| 2.5 | 3 | 0.002 |")
+    assert rows[3].endswith("| – | – | – |")
+    assert number(found, "deep.er.still", ".0f")(adapted) == "–"
+
+
+def test_quality_is_the_harmonic_mean_of_fidelity_and_obedience(results):
+    found = results([(ONE, scores(0.4, 0.6, obeyed=0.8, clip_t=0.1)), (TWO, scores(0.5, 0.5, clip_t=0.25))])
+    assert quality(found, ONE) == pytest.approx(2 * 0.5 * 0.8 / 1.3)
+    assert quality(found, TWO) == pytest.approx(2 * 0.5 * 0.25 / 0.75)
+
+
+@pytest.mark.parametrize(
+    "by_subject",
+    [
+        [[DIVERGED, {"dino": 0.9, "obeyed": 0.9}]] * 2,
+        scores(-0.9, -0.8, obeyed=0.5),
+        scores(0.5, 0.5, obeyed=0.0),
+        [[None, None]] * 2,
+    ],
+)
+def test_what_mostly_diverged_or_shows_nothing_has_no_quality(results, by_subject):
+    assert quality(results([(ONE, by_subject)]), ONE) == 0
+
+
+def test_of_equal_labels_the_best_is_kept_in_the_order_of_the_labels(results):
+    arms = [Arm(name, Spec(name, {}, {"learning_rate": x})) for name in ("krona", "lora") for x in (1e-3, 1e-2, 1e-1)]
+    dinos = (0.2, 0.8, 0.3, 0.5, 0.1, 0.9)
+    found = results([(arm, scores(dino, dino, obeyed=1.0)) for arm, dino in zip(arms, dinos, strict=True)])
+    assert best_of_each(arms, found) == [arms[1], arms[5]]
+    assert best_of_each(arms[:1], results([])) == arms[:1]
+
+
+def test_a_method_as_settings_give_it():
+    spec = spec_of(
+        {"method": "krona", "a1": 4, "training": {"ema_decay": 0.9, "learning_rate": 1}}, 2, learning_rate=0.5
+    )
+    assert spec == Spec("krona", {"a1": 4}, {"ema_decay": 0.9, "learning_rate": 0.5}, 2)
+
+
+@pytest.fixture
+def stability(results):
+    """A sweep over three learning rates, of two methods."""
+    study = Stability(None, (0, 1), (1e-3, 1e-2, 1e-1), {"A": {"method": "krona"}, "B": {"method": "lora"}})
+    values = iter([0.3, 0.32, 0.1, 0.5, 0.4, 0.48])
+    found = []
+    for arm in study.arms():
+        value = next(values)
+        by_subject = [
+            [{"dino": value, "clip_t": value / 2, "obeyed": 1.0}, {"dino": 2 * value, "clip_t": 0.1, "obeyed": 1.0}],
+            [{"dino": value / 2, "clip_t": value, "obeyed": 1.0}, {"dino": value, "clip_t": 0.1, "obeyed": 1.0}],
+        ]
+        found.append((arm, by_subject))
+    return study, found
+
+
+def test_the_spread_over_learning_rates_is_within_a_subject_and_a_seed(stability, results):
+    study, found = stability
+    text = study.page(results(found, study)).text
+    spread = pstdev([0.3, 0.32, 0.1])
+    expected = estimate([[spread, 2 * spread], [spread / 2, spread]])
+    row = next(line for line in text.splitlines() if line.startswith("| A | "))
+    assert f"| {expected} |" in row
+    assert expected.mean == pytest.approx(mean([1.5 * spread, 0.75 * spread]))
+    assert "| 0.001, 0.01 |" in row
+    assert "| B | 0.001, 0.1 |" in text
+
+
+def test_there_is_no_spread_where_something_diverged(stability, results):
+    study, found = stability
+    found[2][1][1][0] = DIVERGED
+    text = study.page(results(found, study)).text
+    assert "| A | 0.001, 0.01 | – (some diverged) |" in text
+    assert "A, 0.1 (1 diverged)" in text
+
+
+def test_lines_run_along_the_axis_with_their_intervals(results):
+    places = (30.0, 10.0, 20.0)
+    arms = [Arm(str(x), Spec("krona", {"a1": int(x)}), View(), "line", x) for x in places]
+    found = [(arm, [[{"dino": arm.x / 100}, {"dino": arm.x / 50}]] * 2) for arm in arms]
+    gone = Arm("gone", Spec("lora"), View(), "line", 40.0)
+    figure = along([*arms, gone], results([*found, (gone, [[DIVERGED] * 2] * 2)]), "an axis")
+    (panel,) = figure.axes
+    assert panel.get_xscale() == "log"
+    assert (panel.get_title(), panel.get_xlabel()) == ("DINO", "an axis")
+    assert list(panel.lines[0].get_xdata()) == [10, 20, 30]
+    assert panel.lines[0].get_ydata() == pytest.approx([0.15, 0.3, 0.45])
+    assert panel.get_legend().get_texts()[0].get_text() == "line"
+    low, high = (reach(panel.collections[0].get_paths()[0].vertices[:, 1]) for reach in (min, max))
+    assert low == pytest.approx(estimate([[0.1, 0.2]] * 2).low)
+    assert high == pytest.approx(estimate([[0.3, 0.6]] * 2).high)
+    assert along(arms, results(found), "x", log=False).axes[0].get_xscale() == "linear"
+
+
+def test_points_stand_where_fidelity_and_obedience_are_with_their_intervals(results):
+    by_subject = [[{"dino": 0.2, "obeyed": 0.9, "clip_t": 0.3}, {"dino": 0.6, "obeyed": 0.5, "clip_t": 0.3}]] * 2
+    (panel,) = against([ONE], results([(ONE, by_subject)])).axes
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("as asked", "DINO")
+    assert [float(*values) for values in panel.lines[0].get_data()] == pytest.approx([0.7, 0.4])
+    across, up = (collection.get_segments()[0] for collection in panel.collections)
+    obeyed, dino = estimate([[0.9, 0.5]] * 2), estimate([[0.2, 0.6]] * 2)
+    assert sorted(across[:, 0]) == pytest.approx([obeyed.low, obeyed.high])
+    assert sorted(up[:, 1]) == pytest.approx([dino.low, dino.high])
+    (panel,) = against([TWO], results([(TWO, scores(0.5, 0.5, clip_t=0.25))])).axes
+    assert panel.get_xlabel() == "CLIP-T"
