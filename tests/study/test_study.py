@@ -46,6 +46,15 @@ def scores(*dinos, **more):
     return [[{"dino": value, **more} for value in dinos]] * 2
 
 
+def test_cells_are_every_arm_on_as_many_subjects_as_asked_with_every_seed(settings, tmp_path):
+    study = Stability(1, (3, 5), (1e-3, 1e-2), {"A": {"method": "krona"}})
+    cells = study.cells(settings, Records(tmp_path / "none", {}))
+    expected = {("bear", seed, rate) for seed in (3, 5) for rate in (1e-3, 1e-2)}
+    assert {(cell.subject, cell.seed, cell.spec.training["learning_rate"]) for cell in cells} == expected
+    assert len(cells) == 4
+    assert study.with_values({"seeds": [1, 2]}).seeds == (1, 2)
+
+
 def test_differences_are_of_the_same_subject_and_seed_also_where_models_diverged(results):
     one = [[{"dino": 0.5}, {"dino": 0.75}], [DIVERGED, DIVERGED]]
     two = [[DIVERGED, {"dino": 0.25}], [{"dino": 0.125}, DIVERGED]]
@@ -167,12 +176,14 @@ def test_lines_run_along_the_axis_with_their_intervals(results):
 
 
 def test_points_stand_where_fidelity_and_obedience_are_with_their_intervals(results):
-    by_subject = [[{"dino": 0.2, "obeyed": 0.9, "clip_t": 0.3}, {"dino": 0.6, "obeyed": 0.5, "clip_t": 0.3}]] * 2
+    found = [[(0.2, 0.9), (0.6, 0.5)], [(0.2, 0.9), (0.2, 0.9)]]
+    by_subject = [[{"dino": dino, "obeyed": obeyed, "clip_t": 0.3} for dino, obeyed in group] for group in found]
     (panel,) = against([ONE], results([(ONE, by_subject)])).axes
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("as asked", "DINO")
-    assert [float(*values) for values in panel.lines[0].get_data()] == pytest.approx([0.7, 0.4])
+    assert [float(*values) for values in panel.lines[0].get_data()] == pytest.approx([0.8, 0.3])
     across, up = (collection.get_segments()[0] for collection in panel.collections)
-    obeyed, dino = estimate([[0.9, 0.5]] * 2), estimate([[0.2, 0.6]] * 2)
+    obeyed, dino = estimate([[0.9, 0.5], [0.9, 0.9]]), estimate([[0.2, 0.6], [0.2, 0.2]])
+    assert obeyed.high - obeyed.mean < obeyed.mean - obeyed.low
     assert sorted(across[:, 0]) == pytest.approx([obeyed.low, obeyed.high])
     assert sorted(up[:, 1]) == pytest.approx([dino.low, dino.high])
     (panel,) = against([TWO], results([(TWO, scores(0.5, 0.5, clip_t=0.25))])).axes
