@@ -9,7 +9,7 @@ from diffusekrona.evaluation.judge import Judge
 
 from .art import CACHE, COLOURS, ROOT, STYLES, Renderer, background, concepts, to_image
 from .augmenting import Augmenter, bank_of
-from .judge import obedience
+from .judge import named_right
 from .training import Budget, fit, load_checkpoint, mixed, note, pick_device, save_checkpoint
 
 BATCH = 96
@@ -74,10 +74,17 @@ def accuracy() -> dict[str, float]:
     """Share right on plain renders at sizes and places not trained on: two of each concept in each style."""
     renderer = Renderer([c.image for c in concepts()], sizes=(35, 42, 51))
     rng, names = np.random.default_rng(7), list(COLOURS)
-    pictures, truth = [], []
+    pictures, things, grounds = [], [], []
     for index in range(len(renderer.images)):
         for style in (0, 0, 1, 1):
-            colour = int(rng.integers(len(names)))
-            pictures.append(to_image(renderer.draw(index, style, background(names[colour], rng), rng)))
-            truth.append((index, colour))
-    return {"renders": len(truth)} | obedience(Judge(FOLDER), pictures, truth)
+            ground = names[int(rng.integers(len(names)))]
+            pictures.append(to_image(renderer.draw(index, style, background(ground, rng), rng)))
+            things.append(index)
+            grounds.append(ground)
+    judge = Judge(FOLDER)
+    right = [name == ground for name, ground in zip(judge.name_backgrounds(pictures), grounds, strict=True)]
+    return {
+        "renders": len(pictures),
+        **named_right(judge, pictures, things),
+        "background": round(float(np.mean(right)), 4),
+    }

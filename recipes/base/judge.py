@@ -41,17 +41,19 @@ def prompts(asked: Sequence[Question]) -> list[str]:
     return [scene.caption(names[thing]) for thing, scene in asked]
 
 
+def named_right(judge: Judge, pictures: Sequence[Image.Image], things: Sequence[int]) -> dict[str, float]:
+    """Shares of pictures whose concept the classifier names as asked: first, and among five."""
+    names, five = [concept.name for concept in concepts()], judge.name_concepts(pictures, best=5)
+    first = [names[thing] == found[0] for thing, found in zip(things, five, strict=True)]
+    among = [names[thing] in found for thing, found in zip(things, five, strict=True)]
+    return {"concept_top1": round(float(np.mean(first)), 4), "concept_top5": round(float(np.mean(among)), 4)}
+
+
 def obedience(judge: Judge, pictures: Sequence[Image.Image], asked: Sequence[Question]) -> dict[str, float]:
-    """Shares of pictures that show what was asked: the concept (first, among five), and all that the scene says."""
-    names = [concept.name for concept in concepts()]
-    named = [
-        (names[thing] == five[0], names[thing] in five)
-        for (thing, _), five in zip(asked, judge.name_concepts(pictures, best=5), strict=True)
-    ]
-    first, among = np.mean(named, axis=0)
+    """Shares of pictures that show what was asked: the concept, and all that the scene says."""
     seen = shares([obeyed(picture, words) for picture, words in zip(pictures, prompts(asked), strict=True)])
-    found = {"concept_top1": float(first), "concept_top5": float(among)} | seen
-    return {name: round(share, 4) for name, share in found.items()}
+    scene = {name: round(share, 4) for name, share in seen.items()}
+    return named_right(judge, pictures, [thing for thing, _ in asked]) | scene
 
 
 def contact_sheet(shown: Sequence[tuple[Image.Image, str]], path: Path, columns: int = 8) -> None:

@@ -12,7 +12,7 @@ from ..study import Results, best_of_each, quality
 from .methods import ADAPTERS, Methods
 
 PAPER, LORA = "KronA (4, 64)", "LoRA r=4"
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (2e-4, 5e-4, 1e-3)
 
 
 def _krona(a1: int, a2: int, **options: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Factors(Study):
     subjects: int | None = 3
     a1: tuple[int, ...] = (1, 2, 4, 8, 16)
     a2: tuple[int, ...] = (1, 4, 16, 64)
-    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
 
     name: ClassVar[str] = "factors"
     question: ClassVar[str] = (

@@ -31,7 +31,7 @@ class Init(Study):
         ("kaiming_uniform", "kaiming_uniform"),
         ("xavier_uniform", "xavier_uniform"),
     )
-    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
 
     name: ClassVar[str] = "init"
     question: ClassVar[str] = (

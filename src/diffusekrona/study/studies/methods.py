@@ -23,8 +23,8 @@ from ..study import (
     spec_of,
 )
 
-ADAPTERS = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-WEIGHTS = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+ADAPTERS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+WEIGHTS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5)
 """Learning rates to choose from: for adapters, and for weights of the base itself."""
 
 UNTRAINED = Arm("the base as it is", Spec(BASE))

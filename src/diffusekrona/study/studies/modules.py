@@ -20,7 +20,7 @@ class Modules(Study):
     """
 
     subjects: int | None = 3
-    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
 
     name: ClassVar[str] = "modules"
     question: ClassVar[str] = (

@@ -25,9 +25,9 @@ class Rank(Study):
     subjects: int | None = 3
     methods: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
-            "KronA (4, 64)": {"method": "krona", "a1": 4, "a2": 64, "training": {"learning_rate": 2e-3}},
-            "LoRA r=4": {"method": "lora", "rank": 4, "training": {"learning_rate": 2e-3}},
-            "full DreamBooth": {"method": "dreambooth", "training": {"learning_rate": 1e-4}},
+            "KronA (4, 64)": {"method": "krona", "a1": 4, "a2": 64, "training": {"learning_rate": 5e-4}},
+            "LoRA r=4": {"method": "lora", "rank": 4, "training": {"learning_rate": 1e-4}},
+            "full DreamBooth": {"method": "dreambooth", "training": {"learning_rate": 2e-6}},
         }
     )
 

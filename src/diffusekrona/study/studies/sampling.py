@@ -16,7 +16,7 @@ class _Along(Study):
     """KronA (4, 64) with one thing varied."""
 
     subjects: int | None = 3
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     axis: ClassVar[str]
 
     def spec(self, images: int | None = None) -> Spec:
@@ -37,7 +37,7 @@ class Steps(_Along):
         steps: at which one and the same training is looked at.
     """
 
-    steps: tuple[int, ...] = (25, 50, 100, 200, 300, 400)
+    steps: tuple[int, ...] = (100, 250, 500, 750, 1000, 1500)
 
     name: ClassVar[str] = "steps"
     axis: ClassVar[str] = "steps"

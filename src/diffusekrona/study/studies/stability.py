@@ -27,7 +27,7 @@ class Stability(Study):
 
     subjects: int | None = 6
     seeds: tuple[int, ...] = (0, 1)
-    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
     methods: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
             "KronA (4, 64)": {"method": "krona", "a1": 4, "a2": 64},
