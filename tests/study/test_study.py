@@ -1,5 +1,6 @@
 """Tables and figures say of measurements what plain arithmetic says of them."""
 
+import re
 from statistics import mean, pstdev
 
 import pytest
@@ -88,22 +89,17 @@ def test_costs_stand_beside_the_scores_and_the_base_has_none(results):
 
 
 def test_quality_is_the_harmonic_mean_of_fidelity_and_obedience(results):
-    found = results([(ONE, scores(0.4, 0.6, obeyed=0.8, clip_t=0.1)), (TWO, scores(0.5, 0.5, clip_t=0.25))])
-    assert quality(found, ONE) == pytest.approx(2 * 0.5 * 0.8 / 1.3)
-    assert quality(found, TWO) == pytest.approx(2 * 0.5 * 0.25 / 0.75)
+    one = [[{"dino": 0.4, "obeyed": 0.8, "clip_t": 0.1}, {"dino": 0.6, "obeyed": 0.6, "clip_t": 0.1}]] * 2
+    found = results([(ONE, one), (TWO, scores(0.5, 0.5, clip_t=0.25))])
+    for group in found.qualities(ONE):
+        assert group == pytest.approx([2 * 0.4 * 0.8 / 1.2, 0.6])
+    assert str(quality(found, ONE)) == str(estimate(found.qualities(ONE)))
+    assert quality(found, TWO).mean == pytest.approx(2 * 0.5 * 0.25 / 0.75)
 
 
-@pytest.mark.parametrize(
-    "by_subject",
-    [
-        [[DIVERGED, {"dino": 0.9, "obeyed": 0.9}]] * 2,
-        scores(-0.9, -0.8, obeyed=0.5),
-        scores(0.5, 0.5, obeyed=0.0),
-        [[None, None]] * 2,
-    ],
-)
-def test_what_mostly_diverged_or_shows_nothing_has_no_quality(results, by_subject):
-    assert quality(results([(ONE, by_subject)]), ONE) == 0
+def test_what_diverged_or_shows_nothing_has_no_quality_and_what_is_not_measured_is_left_out(results):
+    bad = [DIVERGED, {"dino": -0.9, "obeyed": 0.5}], [{"dino": 0.5, "obeyed": 0.0}, None]
+    assert results([(ONE, bad)]).qualities(ONE) == [[0, 0], [0]]
 
 
 def test_of_equal_labels_the_best_is_kept_in_the_order_of_the_labels(results):
@@ -145,15 +141,31 @@ def test_the_spread_over_learning_rates_is_within_a_subject_and_a_seed(stability
     row = next(line for line in text.splitlines() if line.startswith("| A | "))
     assert f"| {expected} |" in row
     assert expected.mean == pytest.approx(mean([1.5 * spread, 0.75 * spread]))
-    assert "| 0.001, 0.01 |" in row
-    assert "| B | 0.001, 0.1 |" in text
+    best = quality(results(found, study), study.arms()[1])
+    assert row.startswith(f"| A | {best}, 0.01 |")
+
+
+def test_learning_rates_of_use_are_counted_in_powers_of_ten(results):
+    study = Stability(None, (0,), (1e-3, 1e-2, 1e-1), {"A": {"method": "krona"}})
+    rows = [(0.5, 1.0, 0.9), (1.0, 0.0, 0.0)]
+    found = [
+        (arm, [[{"dino": row[number], "obeyed": row[number], "clip_t": 0.5}] for row in rows])
+        for number, arm in enumerate(study.arms())
+    ]
+    of_use = [[0.2 + 1.0], [0.1]]  # from 0.9 of the best to where the line falls to it again
+    text = study.page(results(found, study)).text
+    shown = re.search(r"\| A \| [^|]*\| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|", text)
+    expected = estimate(of_use)
+    assert [float(value) for value in shown.groups()] == pytest.approx(
+        [expected.mean, expected.low, expected.high], abs=0.005
+    )
 
 
 def test_there_is_no_spread_where_something_diverged(stability, results):
     study, found = stability
     found[2][1][1][0] = DIVERGED
     text = study.page(results(found, study)).text
-    assert "| A | 0.001, 0.01 | – (some diverged) |" in text
+    assert text.count("– (some diverged)") == 2
     assert "A, 0.1 (1 diverged)" in text
 
 

@@ -66,6 +66,17 @@ class Results:
             ]
         )
 
+    def qualities(self, arm: Arm) -> list[list[float]]:
+        """Of every cell of an arm the harmonic mean of fidelity (DINO) and of the share that is as asked.
+
+        Where that share is not known, CLIP-T stands for it. Models that diverged have none of either.
+        """
+        cells = [
+            [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
+            for subject in self._study.subjects_in(self._settings)
+        ]
+        return [[_quality(self._records[cell].found) for cell in group if cell in self._records] for group in cells]
+
     def diverged(self, arm: Arm) -> int:
         """How many of an arm's models diverged."""
         return sum(int(value) for group in self.found(arm, "diverged") for value in group)
@@ -77,6 +88,12 @@ def _deep(found: Mapping[str, Any], what: str) -> Any:
     for part in what.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def _quality(found: Mapping[str, Any]) -> float:
+    fidelity = found.get("dino", 0.0)
+    obedience = found.get("obeyed", found.get("clip_t", 0.0))
+    return 2 / (1 / fidelity + 1 / obedience) if fidelity > 0 and obedience > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -199,15 +216,9 @@ def spec_of(method: Mapping[str, Any], images: int | None = None, **training: An
     return Spec(method["method"], options, {**method.get("training", {}), **training}, images)
 
 
-def quality(results: Results, arm: Arm) -> float:
-    """Harmonic mean of fidelity and obedience; 0 where most models diverged."""
-    fidelity = results.estimate(arm, "dino")
-    obedience = results.estimate(arm, "obeyed")
-    if not obedience.count:
-        obedience = results.estimate(arm, "clip_t")
-    if fidelity.count <= results.diverged(arm) or fidelity.mean <= 0 or obedience.mean <= 0:
-        return 0.0
-    return 2 / (1 / fidelity.mean + 1 / obedience.mean)
+def quality(results: Results, arm: Arm) -> Estimate:
+    """Mean and interval of `Results.qualities`."""
+    return estimate(results.qualities(arm))
 
 
 def best_of_each(arms: Sequence[Arm], results: Results) -> list[Arm]:
@@ -215,7 +226,7 @@ def best_of_each(arms: Sequence[Arm], results: Results) -> list[Arm]:
     lines: dict[str, list[Arm]] = {}
     for arm in arms:
         lines.setdefault(arm.label, []).append(arm)
-    return [line[0] if len(line) == 1 else max(line, key=lambda arm: quality(results, arm)) for line in lines.values()]
+    return [max(line, key=lambda arm: quality(results, arm).mean) for line in lines.values()]
 
 
 def learning_rate(arm: Arm) -> str:

@@ -73,5 +73,5 @@ class Beyond(Methods):
         ]
         if not chosen:
             raise StudySettingsError(f"No configuration has at most the parameters of {self.rivals[0]}.")
-        winner = max(chosen, key=lambda arm: quality(search, arm))
+        winner = max(chosen, key=lambda arm: quality(search, arm).mean)
         return [winner, *(best[label] for label in self.rivals)]

@@ -122,6 +122,6 @@ class Methods(Study):
         lines = ["The search:", "", "| | quality at each learning rate |", "|---|---|"]
         for label in self.methods:
             line = self._line(label)
-            found = [f"{quality(search, arm):.3f} at {arm.x:g}" for arm in line] if len(line) > 1 else ["one only"]
+            found = [f"{quality(search, arm).mean:.3f} at {arm.x:g}" for arm in line] if len(line) > 1 else ["one only"]
             lines.append(f"| {label} | {', '.join(found)} |")
         return "\n".join(lines)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import pstdev
 from typing import Any, ClassVar
+
+import numpy as np
 
 from ..cells import Arm
 from ..figures import along
@@ -53,24 +56,23 @@ class Stability(Study):
         """Scores over learning rates, and how wide each method's useful range is."""
         arms = self.arms()
         lines = [
-            "| | learning rates of use | spread of DINO | spread of CLIP-T | best quality |",
+            "| | best quality, at | learning rates of use, decades | spread of DINO | spread of CLIP-T |",
             "|---|---|---|---|---|",
         ]
         for label in self.methods:
             line = [arm for arm in arms if arm.series == label]
-            means = {arm.x: quality(results, arm) for arm in line}
-            best = max(means.values())
-            used = [rate for rate, value in means.items() if value >= KEPT * best]
+            best = max(line, key=lambda arm: quality(results, arm).mean)
             lines.append(
-                f"| {label} | {', '.join(f'{rate:g}' for rate in used)} | {_spread(results, line, 'dino')} | "
-                f"{_spread(results, line, 'clip_t')} | {best:.3f} |"
+                f"| {label} | {quality(results, best)}, {best.x:g} | {_width(results, line)} | "
+                f"{_spread(results, line, 'dino')} | {_spread(results, line, 'clip_t')} |"
             )
         text = "\n".join(
             [
-                f"A learning rate is of use where the quality is at least {KEPT:.0%} of the method's best; the quality "
-                "is the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where that is not "
-                "known). A spread is the standard deviation of a score over all learning rates, within a subject and "
-                "a seed.",
+                "The quality is the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where "
+                f"that is not known). Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
+                "the same subject and seed, between measured ones by a straight line over their logarithms; how many "
+                "powers of ten they cover says how much may be wrong with a guess. A spread is the standard deviation "
+                "of a score over all learning rates, within a subject and a seed.",
                 "",
                 *lines,
                 "",
@@ -78,6 +80,22 @@ class Stability(Study):
             ]
         )
         return Page(text, {"stability": along(arms, results, "learning rate")})
+
+
+def _width(results: Results, line: Sequence[Arm]) -> str:
+    """Decades of learning rates of use, as mean and interval."""
+    at = np.log10([arm.x or math.nan for arm in line])
+    fine = np.linspace(at[0], at[-1], 2001)
+    by_arm = [results.qualities(arm) for arm in line]
+    if len({tuple(len(group) for group in groups) for groups in by_arm}) > 1:
+        return "–"
+
+    def of_use(values: Sequence[float]) -> float:
+        between = np.interp(fine, at, values)
+        return float((between >= KEPT * max(values)).mean() * (at[-1] - at[0]))
+
+    groups = zip(*by_arm, strict=True)
+    return str(estimate([[of_use(values) for values in zip(*group, strict=True)] for group in groups]))
 
 
 def _spread(results: Results, line: Sequence[Arm], what: str) -> str:
