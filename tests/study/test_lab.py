@@ -15,10 +15,13 @@ from diffusekrona.generation import generate_images
 from diffusekrona.images import read_image
 from diffusekrona.study.cells import BASE, Cell, Spec, View
 from diffusekrona.study.lab import APART, Lab
+from diffusekrona.study.sheets import sheet_of
 from diffusekrona.training import TrainingConfig, train_dreambooth
 
 STRONG = {"learning_rate": 0.5}
 KRONA = {"a1": 2, "a2": 4}
+HOW = {"steps": 1, "guidance_scale": 1.0, "batch_size": 8}
+PROMPTS = ["a sks toy on a red background", "a small sks toy on a blue background"]
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +33,12 @@ def scores_by_hand(settings, pipe):
     """The paper's scores of a pipeline, in plain steps."""
     base = load_base(settings.base)
     encoders = Encoders(settings.clip, settings.dino)
-    how = {"steps": 1, "guidance_scale": 1.0, "batch_size": 8}
-    prompts = ["a sks toy on a red background", "a small sks toy on a blue background"]
-    drawn = generate_images(pipe, prompts, [1000, 1001], **how)
+    drawn = generate_images(pipe, PROMPTS, [1000, 1001], **HOW)
     real = [read_image(path) for path in sorted(settings_folder(settings).glob("*.png"))]
     clip, dino = encoders.image_features(drawn)
     real_clip, real_dino = encoders.image_features(real)
-    texts = encoders.text_features([prompt.replace("sks ", "") for prompt in prompts])
-    others = [generate_images(one, ["a fox"], [1000 + APART], **how) for one in (pipe, base)]
+    texts = encoders.text_features([prompt.replace("sks ", "") for prompt in PROMPTS])
+    others = [generate_images(one, ["a fox"], [1000 + APART], **HOW) for one in (pipe, base)]
     return {
         "clip_i": image_similarity(clip, real_clip).mean,
         "clip_t": text_similarity(clip, texts).mean,
@@ -64,6 +65,7 @@ def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, lab):
     expected = scores_by_hand(settings, pipe)
     assert {name: record.found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert record.found["drift"] > 1e-6
+    assert record.sheet == sheet_of(generate_images(pipe, PROMPTS, [1000, 1001], **HOW))
     assert record.found["parameters"] == sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad)
     assert record.found["bytes"] > 4 * record.found["parameters"]
 

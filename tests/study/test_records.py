@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from diffusekrona.errors import KronAError
 from diffusekrona.study.cells import Cell, Spec, View
 from diffusekrona.study.records import Record, Records
+from diffusekrona.study.sheets import pictures_on, sheet_of
 
 ABOUT = {"base": "a base", "prompts": ("a {}",)}
 
@@ -45,6 +48,23 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path_factory, lost):
     again.add(Record(cell(a1=16), {"dino": 1.6}))
     once_more = Records(file, ABOUT)
     assert [once_more[cell(a1=a1)].found["dino"] for a1 in (2, 4, 8, 16)] == [0.2, 0.4, 0.8, 1.6]
+
+
+def test_pictures_are_kept_apart_under_their_cells_key(tmp_path):
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    records = Records(tmp_path / "records.jsonl", ABOUT)
+    records.add(Record(cell(), {"dino": 0.5}, sheet_of(pictures)))
+    again = Records(tmp_path / "records.jsonl", ABOUT)
+    assert again[cell()].found == {"dino": 0.5}
+    for picture, kept in zip(pictures, pictures_on(again.sheet_of(cell()), 3), strict=True):
+        assert kept.size == picture.size
+        assert np.abs(np.asarray(kept, float) - np.asarray(picture, float)).max() < 8
+    assert not again.sheet_of(cell(a1=8)).exists()
+
+
+def test_large_pictures_are_kept_small(tmp_path):
+    (tmp_path / "sheet.jpg").write_bytes(sheet_of([Image.new("RGB", (1024, 768))] * 2))
+    assert [picture.size for picture in pictures_on(tmp_path / "sheet.jpg", 2)] == [(256, 192)] * 2
 
 
 def test_records_of_other_settings_are_refused_by_name(tmp_path):

@@ -4,10 +4,12 @@ import re
 from statistics import mean, pstdev
 
 import pytest
+from PIL import Image
 
 from diffusekrona.study.cells import BASE, Arm, Cell, Spec, View
-from diffusekrona.study.figures import against, along
+from diffusekrona.study.figures import against, along, beside
 from diffusekrona.study.records import Record, Records
+from diffusekrona.study.sheets import sheet_of
 from diffusekrona.study.statistics import estimate
 from diffusekrona.study.studies import STUDIES
 from diffusekrona.study.studies.stability import Stability
@@ -185,6 +187,28 @@ def test_lines_run_along_the_axis_with_their_intervals(results):
     assert low == pytest.approx(estimate([[0.1, 0.2]] * 2).low)
     assert high == pytest.approx(estimate([[0.3, 0.6]] * 2).high)
     assert along(arms, results(found), "x", log=False).axes[0].get_xscale() == "linear"
+
+
+def test_pictures_are_of_the_first_subject_and_seed_that_all_arms_have(settings, tmp_path):
+    study = Stability(None, (0, 1), (1e-3, 1e-2), {"A": {"method": "krona"}, "B": {"method": "lora"}})
+    records, arms = Records(tmp_path / "records.jsonl", {}), study.arms()
+    results = Results(study, settings, records)
+    for index, arm in enumerate(arms):
+        for subject, seed in (("bear", 1), ("car", 0))[index == 2 :]:
+            pictures = [Image.new("RGB", (8, 8), (60 * index, 200 * seed, 0)), Image.new("RGB", (8, 8), "white")]
+            records.add(Record(Cell(arm.spec, arm.view, subject, seed), {}, sheet_of(pictures)))
+    assert results.pictures(arms[:2])[1][settings.prompts[0]].getpixel((4, 4)) == pytest.approx((60, 200, 0), abs=3)
+    found = results.pictures(arms)
+    assert [row[settings.prompts[0]].getpixel((4, 4))[0] for row in found] == pytest.approx([0, 60, 120, 180], abs=3)
+    assert {row[settings.prompts[0]].getpixel((4, 4))[1] < 4 for row in found} == {True}
+    records.sheet_of(Cell(arms[3].spec, arms[3].view, "car", 0)).unlink()
+    assert results.pictures(arms) is None
+    assert beside("name", arms, results) == {}
+    panels = beside("name", arms[:2], results, most=1)["name-pictures"].axes
+    assert [panel.get_title() for panel in panels] == ["a … on a red\nbackground", ""]
+    assert [panel.get_ylabel() for panel in panels] == ["A, 0.001", "A, 0.01"]
+    shown = [panel.images[0].get_array()[4, 4] for panel in panels]
+    assert [tuple(pixel) for pixel in shown] == [pytest.approx((60 * index, 200, 0), abs=3) for index in (0, 1)]
 
 
 def test_points_stand_where_fidelity_and_obedience_are_with_their_intervals(results):

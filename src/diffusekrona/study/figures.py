@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from .cells import Arm
@@ -10,6 +11,7 @@ from .study import SCORES, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import Image
 
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666")
 
@@ -43,6 +45,33 @@ def along(
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
     return figure
+
+
+def gallery(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]) -> Figure:
+    """Pictures in rows, with names beside the rows and over the columns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.1 * len(columns) + 1.3, 1.15 * len(rows) + 0.35), layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (name, images) in zip(panels, rows.items(), strict=True):
+        for panel, image in zip(line, images, strict=True):
+            panel.imshow(image, interpolation="bicubic")
+            panel.set(xticks=[], yticks=[])
+        line[0].set_ylabel(fill(name, 16), fontsize=7, rotation=0, ha="right", va="center")
+    for panel, column in zip(panels[0], columns, strict=True):
+        panel.set_title(fill(column, 18), fontsize=7)
+    return figure
+
+
+def beside(name: str, arms: Sequence[Arm], results: Results, most: int = 6) -> dict[str, Figure]:
+    """A study's pictures, a row for each arm, of up to so many prompts; none where they were not kept."""
+    found = results.pictures(arms)
+    if found is None:
+        return {}
+    prompts = list(found[0])
+    shown = [prompts[number * len(prompts) // min(most, len(prompts))] for number in range(min(most, len(prompts)))]
+    rows = {arm.label: [row[prompt] for prompt in shown] for arm, row in zip(arms, found, strict=True)}
+    return {f"{name}-pictures": gallery(rows, [prompt.format("…") for prompt in shown])}
 
 
 def against(arms: Sequence[Arm], results: Results) -> Figure:

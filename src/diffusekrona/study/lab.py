@@ -30,6 +30,7 @@ from ..training.runtime import seeded
 from .cells import BASE, Cell, View
 from .records import Record
 from .settings import StudySettings
+from .sheets import sheet_of
 from .spectrum import linear_weights, summary, updates
 
 STATE = 12
@@ -69,7 +70,7 @@ class Lab:
         for cell in cells:
             self._others_of_base(cell.view)
         if cells[0].spec.method == BASE:
-            return [Record(cell, self._scores(cell)) for cell in cells]
+            return [self._seen(cell, {}) for cell in cells]
         if any(cell.view.spectrum for cell in cells) and not self._weights:
             self._weights = linear_weights(family_of(self._pipe).denoiser)
         method = method_from(cells[0].spec.method, **cells[0].spec.options)
@@ -106,7 +107,7 @@ class Lab:
             if all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
                 for cell in by_step.get(done.step, []):
                     costs["bytes"] = self._saved_bytes(method)
-                    found.append(Record(cell, {**costs, "loss": done.average, **self._scores(cell)}))
+                    found.append(self._seen(cell, {**costs, "loss": done.average}))
             looked += time.monotonic() - began
 
         try:
@@ -118,8 +119,8 @@ class Lab:
             found += [Record(cell, {**costs, "diverged": True}) for cell in cells if cell.key not in seen]
         return found
 
-    def _scores(self, cell: Cell) -> dict[str, Any]:
-        """Of the pipeline as it is now."""
+    def _seen(self, cell: Cell, costs: Mapping[str, Any]) -> Record:
+        """Pictures and scores of the pipeline as it is now."""
         settings, view = self._settings, cell.view
         name, kind = settings.name_of(cell.subject), settings.subjects[cell.subject].kind
         prompts = [prompt.format(name) for prompt in settings.prompts]
@@ -134,13 +135,13 @@ class Lab:
             "dino": image_similarity(dino, real_dino),
             "drift": drift(others, self._others_of_base(view)),
         }
-        found: dict[str, Any] = {what: score.mean for what, score in scores.items()}
+        found: dict[str, Any] = {**costs, **{what: score.mean for what, score in scores.items()}}
         found["dino_by_prompt"] = [round(value, 4) for value in scores["dino"].values]
         if settings.scenes:
             found |= shares([obeyed(image, prompt) for image, prompt in zip(drawn, prompts, strict=True)])
         if view.spectrum:
             found["spectrum"] = summary(updates(family_of(self._pipe).denoiser, self._weights))
-        return found
+        return Record(cell, found, sheet_of(drawn))
 
     def _draw(self, prompts: Sequence[str], seed: int, view: View) -> list[Image.Image]:
         settings = self._settings

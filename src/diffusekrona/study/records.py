@@ -20,10 +20,12 @@ class Record:
     Attributes:
         cell: what was measured.
         found: numbers by name, such as "dino"; the same names for every cell of a study.
+        sheet: a JPEG of the pictures of all prompts in a row, in small; for people to look at.
     """
 
     cell: Cell
     found: Mapping[str, Any]
+    sheet: bytes | None = None
 
 
 class Records:
@@ -75,8 +77,15 @@ class Records:
     def __getitem__(self, cell: Cell) -> Record:
         return self._by_key[cell.key]
 
+    def sheet_of(self, cell: Cell) -> Path:
+        """Where a cell's pictures are, if they were kept."""
+        return self._file.parent / "pictures" / f"{cell.key}.jpg"
+
     def add(self, record: Record) -> None:
         """Keep a measurement, on the disk before this returns."""
+        if record.sheet is not None:
+            self.sheet_of(record.cell).parent.mkdir(parents=True, exist_ok=True)
+            self.sheet_of(record.cell).write_bytes(record.sheet)
         line = json.dumps({"cell": record.cell.as_dict(), "found": record.found}, default=list) + "\n"
         if not self._file.exists():
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .cells import Arm, Cell, Spec
 from .records import Records
 from .settings import StudySettings, StudySettingsError
+from .sheets import pictures_on
 from .statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class Results:
             for subject in self._study.subjects_in(self._settings)
         ]
         return [[_quality(self._records[cell].found) for cell in group if cell in self._records] for group in cells]
+
+    def pictures(self, arms: Sequence[Arm]) -> list[dict[str, Image.Image]] | None:
+        """Each arm's pictures by prompt, of the first subject and seed of which there are pictures of all arms."""
+        for subject in self._study.subjects_in(self._settings):
+            for seed in self._study.seeds:
+                sheets = [self._records.sheet_of(Cell(arm.spec, arm.view, subject, seed)) for arm in arms]
+                if all(sheet.exists() for sheet in sheets):
+                    prompts = self._settings.prompts
+                    rows = [pictures_on(sheet, len(prompts)) for sheet in sheets]
+                    return [dict(zip(prompts, row, strict=True)) for row in rows]
+        return None
 
     def diverged(self, arm: Arm) -> int:
         """How many of an arm's models diverged."""

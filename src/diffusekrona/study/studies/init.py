@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cells import Arm, Spec
-from ..figures import against
+from ..figures import against, beside
 from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate
 
 
@@ -52,4 +52,5 @@ class Init(Study):
     def page(self, results: Results) -> Page:
         """Scores of each pair at its best learning rate."""
         best = best_of_each(self.arms(), results)
-        return Page(arms_table(best, results, {"learning rate": learning_rate}), {"init": against(best, results)})
+        figures = {"init": against(best, results), **beside(self.name, best, results)}
+        return Page(arms_table(best, results, {"learning rate": learning_rate}), figures)

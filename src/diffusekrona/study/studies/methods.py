@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..cells import BASE, Arm, Cell, Spec
-from ..figures import against
+from ..figures import against, beside
 from ..records import Records
 from ..settings import StudySettings
 from ..study import (
@@ -97,7 +97,7 @@ class Methods(Study):
         differences = difference_table(compared[1:], compared[0], results)
         table = arms_table([*compared, UNTRAINED], results, more)
         text = "\n\n".join([table, note, differences, self._searched(search)])
-        return Page(text, {self.name: against(compared, results)})
+        return Page(text, {self.name: against(compared, results), **beside(self.name, [*compared, UNTRAINED], results)})
 
     def _line(self, label: str) -> list[Arm]:
         method = {name: value for name, value in self.methods[label].items() if name != "rates"}

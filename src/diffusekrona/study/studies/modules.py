@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..cells import Arm
-from ..figures import against
+from ..figures import against, beside
 from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate, number, spec_of
 
 
@@ -51,4 +51,5 @@ class Modules(Study):
         """Scores and parameters of each kind at its best learning rate."""
         best = best_of_each(self.arms(), results)
         more = {"learning rate": learning_rate, "parameters": number(results, "parameters", ",.0f")}
-        return Page(arms_table(best, results, more), {"modules": against(best, results)})
+        figures = {"modules": against(best, results), **beside(self.name, best, results)}
+        return Page(arms_table(best, results, more), figures)

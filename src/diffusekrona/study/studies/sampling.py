@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cells import Arm, Spec, View
-from ..figures import along
+from ..figures import along, beside
 from ..study import Page, Results, Study, arms_table
 
 
@@ -25,8 +25,8 @@ class _Along(Study):
 
     def page(self, results: Results) -> Page:
         """Scores along the axis."""
-        figure = along(self.arms(), results, self.axis, log=False)
-        return Page(arms_table(self.arms(), results), {self.name: figure})
+        figures = {self.name: along(self.arms(), results, self.axis, log=False)}
+        return Page(arms_table(self.arms(), results), {**figures, **beside(self.name, self.arms(), results)})
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import pstdev
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..cells import Arm
-from ..figures import along
+from ..figures import along, gallery
 from ..statistics import estimate
 from ..study import Page, Results, Study, arms_table, quality, spec_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEPT = 0.9
 """A learning rate is of use where its quality is at least this share of the method's best."""
@@ -79,7 +82,20 @@ class Stability(Study):
                 arms_table(arms, results),
             ]
         )
-        return Page(text, {"stability": along(arms, results, "learning rate")})
+        return Page(text, {"stability": along(arms, results, "learning rate"), **self._pictures(results)})
+
+    def _pictures(self, results: Results) -> dict[str, Figure]:
+        """A row for each method, of one prompt, along the learning rates."""
+        found = results.pictures(self.arms())
+        if found is None:
+            return {}
+        prompt = list(found[0])[len(found[0]) // 2]
+        rates = len(self.learning_rates)
+        rows = {
+            label: [row[prompt] for row in found[number * rates : (number + 1) * rates]]
+            for number, label in enumerate(self.methods)
+        }
+        return {"stability-pictures": gallery(rows, [f"{rate:g}" for rate in self.learning_rates])}
 
 
 def _width(results: Results, line: Sequence[Arm]) -> str:
