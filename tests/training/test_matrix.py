@@ -67,10 +67,10 @@ ABILITIES: dict[str, dict[str, Values]] = {
     },
     "optimizer": {
         "adamw": {},
-        "adamw, B faster": {"loraplus_lr_ratio": 4.0},
         "adamw8bit": {"optimizer": "adamw8bit"},
         "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
     },
+    "B": {"as fast as A": {}, "faster": {"loraplus_lr_ratio": 4.0}},
     "precision": {
         "float32": {},
         "bf16": {"mixed_precision": "bf16"},
@@ -108,6 +108,7 @@ IMPOSSIBLE = [
     {"text encoders": "trained", "layers": "cross-attention"},
     {"text encoders": "own rate", "layers": "cross-attention"},
     {"text encoders": "own rate", "optimizer": "prodigy"},
+    {"B": "faster", "optimizer": "prodigy"},
     {"layers": "pattern", "output": "also LoKr"},
 ]
 """Choices that exclude each other; each has its error below."""
