@@ -196,11 +196,18 @@ def test_pictures_are_of_the_first_subject_and_seed_that_all_arms_have(settings,
     for index, arm in enumerate(arms):
         for subject, seed in (("bear", 1), ("car", 0))[index == 2 :]:
             pictures = [Image.new("RGB", (8, 8), (60 * index, 200 * seed, 0)), Image.new("RGB", (8, 8), "white")]
-            records.add(Record(Cell(arm.spec, arm.view, subject, seed), {}, sheet_of(pictures)))
+            records.add(Record(Cell(arm.spec, arm.view, subject, seed), {"dino": 0.5}, sheet_of(pictures)))
     assert results.pictures(arms[:2])[1][settings.prompts[0]].getpixel((4, 4)) == pytest.approx((60, 200, 0), abs=3)
     found = results.pictures(arms)
     assert [row[settings.prompts[0]].getpixel((4, 4))[0] for row in found] == pytest.approx([0, 60, 120, 180], abs=3)
     assert {row[settings.prompts[0]].getpixel((4, 4))[1] < 4 for row in found} == {True}
+    figure = study.page(results).figures["stability-pictures"]
+    assert [panel.get_ylabel().replace("\n", " ") for panel in figure.axes[::2]] == [
+        f"{label}: {prompt.format('…')}" for prompt in settings.prompts for label in "AB"
+    ]
+    assert [panel.images[0].get_array()[4, 4, 0] for panel in figure.axes[:4]] == pytest.approx(
+        [0, 60, 120, 180], abs=3
+    )
     records.sheet_of(Cell(arms[3].spec, arms[3].view, "car", 0)).unlink()
     assert results.pictures(arms) is None
     assert beside("name", arms, results) == {}

@@ -51,13 +51,13 @@ def gallery(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]) -
     """Pictures in rows, with names beside the rows and over the columns."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.1 * len(columns) + 1.3, 1.15 * len(rows) + 0.35), layout="constrained")
+    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 1.15 * len(rows) + 0.35), layout="constrained")
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (name, images) in zip(panels, rows.items(), strict=True):
         for panel, image in zip(line, images, strict=True):
             panel.imshow(image, interpolation="bicubic")
             panel.set(xticks=[], yticks=[])
-        line[0].set_ylabel(fill(name, 16), fontsize=7, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(fill(name, 20), fontsize=7, rotation=0, ha="right", va="center")
     for panel, column in zip(panels[0], columns, strict=True):
         panel.set_title(fill(column, 18), fontsize=7)
     return figure

@@ -85,14 +85,14 @@ class Stability(Study):
         return Page(text, {"stability": along(arms, results, "learning rate"), **self._pictures(results)})
 
     def _pictures(self, results: Results) -> dict[str, Figure]:
-        """A row for each method, of one prompt, along the learning rates."""
+        """Rows for each method and two of the prompts, along the learning rates."""
         found = results.pictures(self.arms())
         if found is None:
             return {}
-        prompt = list(found[0])[len(found[0]) // 2]
-        rates = len(self.learning_rates)
+        prompts, rates = list(found[0]), len(self.learning_rates)
         rows = {
-            label: [row[prompt] for row in found[number * rates : (number + 1) * rates]]
+            f"{label}: {prompt.format('…')}": [row[prompt] for row in found[number * rates : (number + 1) * rates]]
+            for prompt in (prompts[0], prompts[len(prompts) // 2])
             for number, label in enumerate(self.methods)
         }
         return {"stability-pictures": gallery(rows, [f"{rate:g}" for rate in self.learning_rates])}
