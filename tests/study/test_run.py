@@ -9,9 +9,9 @@ import pytest
 from diffusekrona.errors import KronAError
 from diffusekrona.study.lab import Lab
 from diffusekrona.study.records import Records
+from diffusekrona.study.results import Results
 from diffusekrona.study.run import chosen_study, quick, run_study
 from diffusekrona.study.studies import STUDIES
-from diffusekrona.study.study import Results
 
 SMALLER = {
     "stability": {

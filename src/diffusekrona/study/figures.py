@@ -7,7 +7,8 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from .cells import Arm
-from .study import SCORES, Results
+from .markdown import SCORES
+from .results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

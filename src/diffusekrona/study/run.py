@@ -10,9 +10,10 @@ from ..errors import KronAError
 from ..formats.files import write_whole
 from ..training.pictures import figure_png
 from .records import Records
+from .results import Results
 from .settings import StudySettings
 from .studies import STUDIES
-from .study import Results, Study
+from .study import Study
 from .workers import measure
 
 QUICK_STEPS = 3

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..cells import Arm, Cell
+from ..results import Results, best_of_each, quality
 from ..settings import StudySettings, StudySettingsError
-from ..study import Results, best_of_each, quality
 from .methods import ADAPTERS, Methods
 
 PAPER, LORA = "KronA (4, 64)", "LoRA r=4"

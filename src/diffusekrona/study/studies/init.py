@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import against, beside
-from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate
+from ..markdown import arms_table, learning_rate
+from ..results import Results, best_of_each
+from ..study import Page, Study
 
 
 @dataclass(frozen=True)

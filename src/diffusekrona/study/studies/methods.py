@@ -8,20 +8,11 @@ from typing import Any, ClassVar
 
 from ..cells import BASE, Arm, Cell, Spec
 from ..figures import against, beside
+from ..markdown import arms_table, difference_table, learning_rate, number
 from ..records import Records
+from ..results import Results, best_of_each, quality
 from ..settings import StudySettings
-from ..study import (
-    Page,
-    Results,
-    Study,
-    arms_table,
-    best_of_each,
-    difference_table,
-    learning_rate,
-    number,
-    quality,
-    spec_of,
-)
+from ..study import Page, Study, spec_of
 
 ADAPTERS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 WEIGHTS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5)

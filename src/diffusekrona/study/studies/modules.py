@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from ..cells import Arm
 from ..figures import against, beside
-from ..study import Page, Results, Study, arms_table, best_of_each, learning_rate, number, spec_of
+from ..markdown import arms_table, learning_rate, number
+from ..results import Results, best_of_each
+from ..study import Page, Study, spec_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cells import Arm, View
 from ..figures import COLOURS
-from ..study import Page, Results, Study, arms_table, number, spec_of
+from ..markdown import arms_table, number
+from ..results import Results
+from ..study import Page, Study, spec_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

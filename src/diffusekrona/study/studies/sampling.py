@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec, View
 from ..figures import along, beside
-from ..study import Page, Results, Study, arms_table
+from ..markdown import arms_table
+from ..results import Results
+from ..study import Page, Study
 
 
 @dataclass(frozen=True)

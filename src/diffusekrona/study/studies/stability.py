@@ -12,8 +12,10 @@ import numpy as np
 
 from ..cells import Arm
 from ..figures import along, gallery
+from ..markdown import arms_table
+from ..results import Results, quality
 from ..statistics import estimate
-from ..study import Page, Results, Study, arms_table, quality, spec_of
+from ..study import Page, Study, spec_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

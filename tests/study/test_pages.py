@@ -8,21 +8,14 @@ from PIL import Image
 
 from diffusekrona.study.cells import BASE, Arm, Cell, Spec, View
 from diffusekrona.study.figures import against, along, beside
+from diffusekrona.study.markdown import arms_table, difference_table, learning_rate, number
 from diffusekrona.study.records import Record, Records
+from diffusekrona.study.results import Results, best_of_each, quality
 from diffusekrona.study.sheets import sheet_of
 from diffusekrona.study.statistics import estimate
 from diffusekrona.study.studies import STUDIES
 from diffusekrona.study.studies.stability import Stability
-from diffusekrona.study.study import (
-    Results,
-    arms_table,
-    best_of_each,
-    difference_table,
-    learning_rate,
-    number,
-    quality,
-    spec_of,
-)
+from diffusekrona.study.study import spec_of
 
 ONE, TWO = Arm("one", Spec("krona")), Arm("two", Spec("lora"))
 DIVERGED = {"diverged": True}

@@ -1,0 +1,107 @@
+"""What was measured of a study's arms, by subject and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .cells import Arm, Cell
+from .records import Records
+from .settings import StudySettings
+from .sheets import pictures_on
+from .statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .study import Study
+
+
+class Results:
+    """The records of a study's arms."""
+
+    def __init__(self, study: Study, settings: StudySettings, records: Records) -> None:
+        self._study, self._settings, self._records = study, settings, records
+
+    def of(self, study: Study) -> Results:
+        """The same records, of another study's subjects and seeds."""
+        return Results(study, self._settings, self._records)
+
+    def found(self, arm: Arm, what: str) -> list[list[float]]:
+        """One number of every cell of an arm, a list for each subject; cells that diverged have none."""
+        return [list(by_seed.values()) for by_seed in self._by_subject(arm, what).values() if by_seed]
+
+    def _by_subject(self, arm: Arm, what: str) -> dict[str, dict[int, float]]:
+        groups: dict[str, dict[int, float]] = {}
+        for subject in self._study.subjects_in(self._settings):
+            cells = [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
+            values = {cell.seed: _deep(self._records[cell].found, what) for cell in cells if cell in self._records}
+            groups[subject] = {seed: float(value) for seed, value in values.items() if value is not None}
+        return groups
+
+    def estimate(self, arm: Arm, what: str) -> Estimate:
+        """Mean and interval of one number."""
+        return estimate(self.found(arm, what))
+
+    def difference(self, arm: Arm, other: Arm, what: str) -> Estimate:
+        """Mean and interval of an arm's number minus another's of the same subject and seed."""
+        ones, twos = self._by_subject(arm, what), self._by_subject(other, what)
+        return estimate(
+            [
+                [value - twos[subject][seed] for seed, value in by_seed.items() if seed in twos[subject]]
+                for subject, by_seed in ones.items()
+            ]
+        )
+
+    def qualities(self, arm: Arm) -> list[list[float]]:
+        """Of every cell of an arm the harmonic mean of fidelity (DINO) and of the share that is as asked.
+
+        Where that share is not known, CLIP-T stands for it. Models that diverged have none of either.
+        """
+        cells = [
+            [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
+            for subject in self._study.subjects_in(self._settings)
+        ]
+        return [[_quality(self._records[cell].found) for cell in group if cell in self._records] for group in cells]
+
+    def pictures(self, arms: Sequence[Arm]) -> list[dict[str, Image.Image]] | None:
+        """Each arm's pictures by prompt, of the first subject and seed of which there are pictures of all arms."""
+        for subject in self._study.subjects_in(self._settings):
+            for seed in self._study.seeds:
+                sheets = [self._records.sheet_of(Cell(arm.spec, arm.view, subject, seed)) for arm in arms]
+                if all(sheet.exists() for sheet in sheets):
+                    prompts = self._settings.prompts
+                    rows = [pictures_on(sheet, len(prompts)) for sheet in sheets]
+                    return [dict(zip(prompts, row, strict=True)) for row in rows]
+        return None
+
+    def diverged(self, arm: Arm) -> int:
+        """How many of an arm's models diverged."""
+        return sum(int(value) for group in self.found(arm, "diverged") for value in group)
+
+
+def _deep(found: Mapping[str, Any], what: str) -> Any:
+    """A number by its name, or within another by "spectrum.rank90"."""
+    value: Any = found
+    for part in what.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _quality(found: Mapping[str, Any]) -> float:
+    fidelity = found.get("dino", 0.0)
+    obedience = found.get("obeyed", found.get("clip_t", 0.0))
+    return 2 / (1 / fidelity + 1 / obedience) if fidelity > 0 and obedience > 0 else 0.0
+
+
+def quality(results: Results, arm: Arm) -> Estimate:
+    """Mean and interval of `Results.qualities`."""
+    return estimate(results.qualities(arm))
+
+
+def best_of_each(arms: Sequence[Arm], results: Results) -> list[Arm]:
+    """Of the arms with equal labels, which differ in the learning rate, the one with the best quality."""
+    lines: dict[str, list[Arm]] = {}
+    for arm in arms:
+        lines.setdefault(arm.label, []).append(arm)
+    return [max(line, key=lambda arm: quality(results, arm).mean) for line in lines.values()]
