@@ -82,7 +82,8 @@ class Methods(Study):
         }
         note = (
             "Memory, in MB, is what a step takes beside the weights: gradients, AdamW's moments and what is kept for "
-            "the backward pass; files are in kB. The differences are those of each subject and seed to "
+            "the backward pass; files are in kB; ms a step is beside the study's other processes. The differences are "
+            "those of each subject and seed to "
             f"{compared[0].label}'s."
         )
         differences = difference_table(compared[1:], compared[0], results)
