@@ -156,6 +156,18 @@ def test_learning_rates_of_use_are_counted_in_powers_of_ten(results):
     )
 
 
+def test_a_shorter_sweep_and_the_differences_at_the_best_learning_rates_stand_beside(stability, results):
+    study, found = stability
+    made = results(found, study)
+    text = study.page(made).text
+    shorter = text[text.index("Up to 0.01:") : text.index("At the best learning rates:")]
+    spread = pstdev([0.3, 0.32])
+    row = next(line for line in shorter.splitlines() if line.startswith("| A | "))
+    assert f"| {estimate([[spread, 2 * spread], [spread / 2, spread]])} |" in row
+    best_of_a, best_of_b = study.arms()[1], study.arms()[3]
+    assert difference_table([best_of_b], best_of_a, made) in text
+
+
 def test_there_is_no_spread_where_something_diverged(stability, results):
     study, found = stability
     found[2][1][1][0] = DIVERGED

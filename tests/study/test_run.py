@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,16 @@ def test_every_study_ends_in_a_page_with_a_row_for_each_arm(smaller, tmp_path, n
     for figure in tmp_path.glob("*.png"):
         assert f"({figure.name})" in text
     assert "nan" not in text
+
+
+def test_a_gallery_stays_on_the_page_where_its_pictures_are_gone(smaller, tmp_path):
+    study = chosen_study("init", quick(smaller))
+    whole = run_study(study, quick(smaller), tmp_path)
+    before, drawn = whole.read_text(encoding="utf-8"), (tmp_path / "init-pictures.png").read_bytes()
+    shutil.rmtree(tmp_path / "pictures")
+    assert run_study(study, quick(smaller), tmp_path).read_text(encoding="utf-8") == before
+    assert "(init-pictures.png)" in before
+    assert (tmp_path / "init-pictures.png").read_bytes() == drawn
 
 
 def test_a_study_goes_on_where_it_was_killed(smaller, tmp_path, monkeypatch):

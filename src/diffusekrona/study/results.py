@@ -33,11 +33,18 @@ class Results:
 
     def _by_subject(self, arm: Arm, what: str) -> dict[str, dict[int, float]]:
         groups: dict[str, dict[int, float]] = {}
-        for subject in self._study.subjects_in(self._settings):
-            cells = [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
-            values = {cell.seed: _deep(self._records[cell].found, what) for cell in cells if cell in self._records}
+        for subject, cells in self._measured(arm).items():
+            values = {cell.seed: _deep(self._records[cell].found, what) for cell in cells}
             groups[subject] = {seed: float(value) for seed, value in values.items() if value is not None}
         return groups
+
+    def _measured(self, arm: Arm) -> dict[str, list[Cell]]:
+        """An arm's cells that have a record, by subject."""
+        cells = {
+            subject: [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
+            for subject in self._study.subjects_in(self._settings)
+        }
+        return {subject: [cell for cell in group if cell in self._records] for subject, group in cells.items()}
 
     def estimate(self, arm: Arm, what: str) -> Estimate:
         """Mean and interval of one number."""
@@ -58,11 +65,7 @@ class Results:
 
         Where that share is not known, CLIP-T stands for it. Models that diverged have none of either.
         """
-        cells = [
-            [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
-            for subject in self._study.subjects_in(self._settings)
-        ]
-        return [[_quality(self._records[cell].found) for cell in group if cell in self._records] for group in cells]
+        return [[_quality(self._records[cell].found) for cell in group] for group in self._measured(arm).values()]
 
     def pictures(self, arms: Sequence[Arm]) -> list[dict[str, Image.Image]] | None:
         """Each arm's pictures by prompt, of the first subject and seed of which there are pictures of all arms."""

@@ -77,8 +77,12 @@ def run_study(
 
 
 def write_page(study: Study, settings: StudySettings, records: Records, folder: Path) -> Path:
-    """The page and figures of what has been measured so far."""
+    """The page and figures of what has been measured so far.
+
+    Galleries of an earlier page stay where the pictures, which are not committed, are not there to draw them from.
+    """
     page = study.page(Results(study, settings, records))
+    earlier = sorted(file.stem for file in folder.glob(f"{study.name}-*.png"))
     subjects = study.subjects_in(settings)
     lines = [
         f"# {study.name}",
@@ -92,7 +96,7 @@ def write_page(study: Study, settings: StudySettings, records: Records, folder: 
         "",
         page.text,
         "",
-        *(f"![{name}]({name}.png)\n" for name in page.figures),
+        *(f"![{name}]({name}.png)\n" for name in dict.fromkeys([*page.figures, *earlier])),
     ]
     path = folder / f"{study.name}.md"
     files = {folder / f"{name}.png": figure_png(figure) for name, figure in page.figures.items()}

@@ -70,7 +70,7 @@ class Methods(Study):
         return [*search, *self.plain_cells(settings, [*compared, UNTRAINED])]
 
     def page(self, results: Results) -> Page:
-        """Scores, number, file sizes and costs at the best learning rates, and what was chosen from."""
+        """Scores, parameters, file sizes and costs at the best learning rates, and what was chosen from."""
         search = results.of(self._search())
         compared = self._compared(search)
         more = {
@@ -83,8 +83,7 @@ class Methods(Study):
         note = (
             "Memory, in MB, is what a step takes beside the weights: gradients, AdamW's moments and what is kept for "
             "the backward pass; files are in kB; ms a step is beside the study's other processes. The differences are "
-            "those of each subject and seed to "
-            f"{compared[0].label}'s."
+            f"those of each subject and seed to {compared[0].label}'s."
         )
         differences = difference_table(compared[1:], compared[0], results)
         table = arms_table([*compared, UNTRAINED], results, more)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +11,7 @@ import numpy as np
 
 from ..cells import Arm
 from ..figures import along, gallery
-from ..markdown import arms_table
+from ..markdown import arms_table, difference_table
 from ..results import Results, quality
 from ..statistics import estimate
 from ..study import Page, Study, spec_of
@@ -59,32 +58,39 @@ class Stability(Study):
 
     def page(self, results: Results) -> Page:
         """Scores over learning rates, and how wide each method's useful range is."""
-        arms = self.arms()
+        arms, rates = self.arms(), self.learning_rates
+        best = [_best(results, [arm for arm in arms if arm.series == label]) for label in self.methods]
+        explained = (
+            "The quality is the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where "
+            f"that is not known). Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
+            "the same subject and seed, between measured ones by a straight line over their logarithms; how many "
+            "powers of ten they cover says how much may be wrong with a guess. A spread is the standard deviation "
+            "of a score over all learning rates, within a subject and a seed."
+        )
+        parts = [explained, self._summary(results, rates)]
+        if len(rates) > 2:
+            parts += [f"It depends on where a sweep ends. Up to {rates[-2]:g}:", self._summary(results, rates[:-1])]
+        parts += [
+            "At the best learning rates:",
+            difference_table(best[1:], best[0], results),
+            arms_table(arms, results, {"quality": lambda arm: str(quality(results, arm))}),
+        ]
+        figures = {"stability": along(arms, results, "learning rate"), **self._pictures(results)}
+        return Page("\n\n".join(parts), figures)
+
+    def _summary(self, results: Results, rates: Sequence[float]) -> str:
+        """A row for each method, over some of the learning rates."""
         lines = [
             "| | best quality, at | learning rates of use, decades | spread of DINO | spread of CLIP-T |",
             "|---|---|---|---|---|",
         ]
         for label in self.methods:
-            line = [arm for arm in arms if arm.series == label]
-            best = max(line, key=lambda arm: quality(results, arm).mean)
-            lines.append(
-                f"| {label} | {quality(results, best)}, {best.x:g} | {_width(results, line)} | "
-                f"{_spread(results, line, 'dino')} | {_spread(results, line, 'clip_t')} |"
-            )
-        text = "\n".join(
-            [
-                "The quality is the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where "
-                f"that is not known). Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
-                "the same subject and seed, between measured ones by a straight line over their logarithms; how many "
-                "powers of ten they cover says how much may be wrong with a guess. A spread is the standard deviation "
-                "of a score over all learning rates, within a subject and a seed.",
-                "",
-                *lines,
-                "",
-                arms_table(arms, results),
-            ]
-        )
-        return Page(text, {"stability": along(arms, results, "learning rate"), **self._pictures(results)})
+            line = [arm for arm in self.arms() if arm.series == label and arm.x in rates]
+            best = _best(results, line)
+            decades = _over([results.qualities(arm) for arm in line], lambda values: _decades(rates, values))
+            spreads = [_over([results.found(arm, what) for arm in line], pstdev) for what in ("dino", "clip_t")]
+            lines.append(f"| {label} | {quality(results, best)}, {best.x:g} | {decades} | {' | '.join(spreads)} |")
+        return "\n".join(lines)
 
     def _pictures(self, results: Results) -> dict[str, Figure]:
         """Rows for each method and two of the prompts, along the learning rates."""
@@ -100,25 +106,19 @@ class Stability(Study):
         return {"stability-pictures": gallery(rows, [f"{rate:g}" for rate in self.learning_rates])}
 
 
-def _width(results: Results, line: Sequence[Arm]) -> str:
-    """Decades of learning rates of use, as mean and interval."""
-    at = np.log10([arm.x or math.nan for arm in line])
-    fine = np.linspace(at[0], at[-1], 2001)
-    by_arm = [results.qualities(arm) for arm in line]
-    if len({tuple(len(group) for group in groups) for groups in by_arm}) > 1:
-        return "–"
-
-    def of_use(values: Sequence[float]) -> float:
-        between = np.interp(fine, at, values)
-        return float((between >= KEPT * max(values)).mean() * (at[-1] - at[0]))
-
-    groups = zip(*by_arm, strict=True)
-    return str(estimate([[of_use(values) for values in zip(*group, strict=True)] for group in groups]))
+def _best(results: Results, line: Sequence[Arm]) -> Arm:
+    return max(line, key=lambda arm: quality(results, arm).mean)
 
 
-def _spread(results: Results, line: Sequence[Arm], what: str) -> str:
-    by_arm = [results.found(arm, what) for arm in line]
+def _decades(rates: Sequence[float], qualities: Sequence[float]) -> float:
+    """How many powers of ten the learning rates of use cover."""
+    at = np.log10(rates)
+    between = np.interp(np.linspace(at[0], at[-1], 2001), at, qualities)
+    return float((between >= KEPT * max(qualities)).mean() * (at[-1] - at[0]))
+
+
+def _over(by_arm: Sequence[Sequence[Sequence[float]]], of: Callable[[Sequence[float]], float]) -> str:
+    """Mean and interval of a number of each subject's and seed's values along a line of arms."""
     if len({tuple(len(group) for group in groups) for groups in by_arm}) > 1:
         return "– (some diverged)"
-    spreads = [[pstdev(values) for values in zip(*groups, strict=True)] for groups in zip(*by_arm, strict=True)]
-    return str(estimate(spreads))
+    return str(estimate([[of(values) for values in zip(*groups, strict=True)] for groups in zip(*by_arm, strict=True)]))
