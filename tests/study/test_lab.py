@@ -1,5 +1,6 @@
 """What a lab says of a model is what the model's own pictures say."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from diffusekrona.evaluation import Encoders
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
 from diffusekrona.generation import generate_images
 from diffusekrona.images import read_image
+from diffusekrona.methods import method_from
 from diffusekrona.study.cells import BASE, Cell, Spec, View
 from diffusekrona.study.lab import APART, Lab
 from diffusekrona.study.sheets import sheet_of
 from diffusekrona.training import TrainingConfig, train_dreambooth
+from diffusekrona.training.data import ImagePlan, load_folder
+from diffusekrona.training.dreambooth import training_resolution
+from diffusekrona.training.loop import fit
 
 STRONG = {"learning_rate": 0.5}
 KRONA = {"a1": 2, "a2": 4}
@@ -88,6 +93,46 @@ def test_views_of_one_model_are_what_each_alone_would_be(settings):
         for name in ("dino", "clip_t", "drift", "loss"):
             assert together[cell.key][name] == pytest.approx(alone.found[name], abs=1e-6), (cell.view, name)
     assert together[cells[-1].key]["spectrum"]["layers"] > 1
+
+
+def test_memory_is_what_autograd_keeps_of_a_step_and_what_adamw_needs_of_each_number(settings, lab):
+    (record,) = lab.measure([Cell(Spec("lora", {"rank": 2}, STRONG), View(), "bear", 0)])
+    pipe = load_base(settings.base)
+    method = method_from("lora", rank=2)
+    parameters = method.prepare(pipe)
+    frozen = {p.untyped_storage().data_ptr() for p in pipe.unet.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    images = load_folder(settings_folder(settings), "a sks toy", ImagePlan(training_resolution(pipe, None)))
+    config = TrainingConfig(max_train_steps=1, **STRONG)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fit(pipe, images, parameters, config)
+    expected = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in frozen)
+    gradient_and_moments = 3 * 4 * sum(p.numel() for p in parameters.values())
+    assert record.found["memory"] == expected + gradient_and_moments
+    assert expected > 0
+
+
+def test_seconds_of_a_step_are_without_those_of_looking(lab, monkeypatch):
+    now = 0.0
+
+    def taking(seconds, function):
+        def slow(*args, **options):
+            nonlocal now
+            now += seconds
+            return function(*args, **options)
+
+        return slow
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(torch.Tensor, "backward", taking(7.0, torch.Tensor.backward))
+    monkeypatch.setattr(Lab, "_seen", taking(100.0, Lab._seen))
+    cells = [Cell(Spec("krona", KRONA, STRONG), View(step=step), "bear", 0) for step in (1, 2)]
+    assert [record.found["seconds_per_step"] for record in lab.measure(cells)] == [7.0, 7.0]
 
 
 @pytest.mark.parametrize("name", ["krona", "lora", "lokr", "loha", "svdiff", "custom-diffusion", "dreambooth"])

@@ -38,3 +38,9 @@ def test_nothing_has_no_mean_and_one_value_no_interval():
     assert estimate([[]]).count == 0
     assert str(estimate([[0.25]])) == "0.250"
     assert "to" in str(estimate([[0.25], [0.5]]))
+
+
+def test_a_rounding_error_below_zero_is_written_as_zero():
+    assert str(estimate([[-1e-9, -2e-9]])) == "0.000 (0.000 to 0.000)"
+    assert str(estimate([[-1e-9]])) == "0.000"
+    assert str(estimate([[-0.25]])) == "-0.250"

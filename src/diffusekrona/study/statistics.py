@@ -28,9 +28,8 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        if self.count < 2:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+        mean, low, high = (f"{round(value, 3) + 0.0:.3f}" for value in (self.mean, self.low, self.high))  # no -0.000
+        return mean if self.count < 2 else f"{mean} ({low} to {high})"
 
 
 def estimate(values: Sequence[Sequence[float]]) -> Estimate:
