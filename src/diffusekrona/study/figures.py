@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666")
+COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666", "#17becf", "#000000")
 
 
 def along(
@@ -80,7 +80,7 @@ def against(arms: Sequence[Arm], results: Results) -> Figure:
     from matplotlib.figure import Figure
 
     x, y = "obeyed" if any(results.found(arm, "obeyed") for arm in arms) else "clip_t", "dino"
-    figure = Figure(figsize=(6.0, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     panel = figure.subplots()
     for number, arm in enumerate(arms):
         across, up = results.estimate(arm, x), results.estimate(arm, y)
@@ -97,5 +97,5 @@ def against(arms: Sequence[Arm], results: Results) -> Figure:
         )
     panel.set(xlabel=SCORES[x], ylabel=SCORES[y])
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     return figure
