@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import along
-from ..markdown import arms_table, learning_rate, number
-from ..results import Results, best_of_each
+from ..markdown import arms_table, difference_table, learning_rate, number
+from ..results import Results, best_of_each, quality
 from ..study import Page, Study
 
 
@@ -49,11 +49,13 @@ class Factors(Study):
         ]
 
     def page(self, results: Results) -> Page:
-        """Scores and parameters of each pair at its best learning rate."""
+        """Scores and parameters of each pair at its best learning rate, and how far they are from the best pair's."""
         best = best_of_each(self.arms(), results)
+        first = max(best, key=lambda arm: quality(results, arm).mean)
         more = {
             "learning rate": learning_rate,
             "parameters": number(results, "parameters", ",.0f"),
             "ms a step": number(results, "seconds_per_step", ".0f", 1e-3),
         }
-        return Page(arms_table(best, results, more), {"factors": along(best, results, "a2")})
+        others = difference_table([arm for arm in best if arm is not first], first, results)
+        return Page(f"{arms_table(best, results, more)}\n\n{others}", {"factors": along(best, results, "a2")})

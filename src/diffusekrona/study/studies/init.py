@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec
 from ..figures import against, beside
-from ..markdown import arms_table, learning_rate
+from ..markdown import arms_table, difference_table, learning_rate
 from ..results import Results, best_of_each
 from ..study import Page, Study
 
@@ -52,7 +52,8 @@ class Init(Study):
         ]
 
     def page(self, results: Results) -> Page:
-        """Scores of each pair at its best learning rate."""
+        """Scores of each pair at its best learning rate, and how far they are from the first's."""
         best = best_of_each(self.arms(), results)
         figures = {"init": against(best, results), **beside(self.name, best, results)}
-        return Page(arms_table(best, results, {"learning rate": learning_rate}), figures)
+        table = arms_table(best, results, {"learning rate": learning_rate})
+        return Page(f"{table}\n\n{difference_table(best[1:], best[0], results)}", figures)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..cells import Arm
 from ..figures import against, beside
-from ..markdown import arms_table, learning_rate, number
+from ..markdown import arms_table, difference_table, learning_rate, number
 from ..results import Results, best_of_each
 from ..study import Page, Study, spec_of
 
@@ -50,8 +50,9 @@ class Modules(Study):
         ]
 
     def page(self, results: Results) -> Page:
-        """Scores and parameters of each kind at its best learning rate."""
+        """Scores and parameters of each kind at its best learning rate, and how far they are from the first's."""
         best = best_of_each(self.arms(), results)
         more = {"learning rate": learning_rate, "parameters": number(results, "parameters", ",.0f")}
         figures = {"modules": against(best, results), **beside(self.name, best, results)}
-        return Page(arms_table(best, results, more), figures)
+        text = f"{arms_table(best, results, more)}\n\n{difference_table(best[1:], best[0], results)}"
+        return Page(text, figures)

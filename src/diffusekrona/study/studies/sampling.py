@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from ..cells import Arm, Spec, View
 from ..figures import along, beside
-from ..markdown import arms_table
-from ..results import Results
+from ..markdown import arms_table, difference_table
+from ..results import Results, quality
 from ..study import Page, Study
 
 
@@ -26,9 +26,13 @@ class _Along(Study):
         return Spec("krona", {"a1": 4, "a2": 64}, {"learning_rate": self.learning_rate}, images)
 
     def page(self, results: Results) -> Page:
-        """Scores along the axis."""
-        figures = {self.name: along(self.arms(), results, self.axis, log=False)}
-        return Page(arms_table(self.arms(), results), {**figures, **beside(self.name, self.arms(), results)})
+        """Scores along the axis, and how far they are from the best's."""
+        arms = self.arms()
+        best = max(arms, key=lambda arm: quality(results, arm).mean)
+        others = [arm for arm in arms if arm is not best]
+        text = f"{arms_table(arms, results)}\n\n{difference_table(others, best, results)}"
+        figures = {self.name: along(arms, results, self.axis, log=False)}
+        return Page(text, {**figures, **beside(self.name, arms, results)})
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ class Images(_Along):
 
     def arms(self) -> Sequence[Arm]:
         """One for each number."""
-        return [Arm(f"{n} pictures", self.spec(n), View(), "KronA (4, 64)", n) for n in self.images]
+        return [
+            Arm("1 picture" if n == 1 else f"{n} pictures", self.spec(n), View(), "KronA (4, 64)", n)
+            for n in self.images
+        ]
 
 
 @dataclass(frozen=True)
