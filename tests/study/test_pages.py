@@ -74,12 +74,13 @@ def test_what_diverged_is_counted_and_has_no_part_in_the_mean(results):
 def test_costs_stand_beside_the_scores_and_the_base_has_none(results):
     base = Arm("base", Spec(BASE))
     adapted = Arm("adapted", Spec("krona", {}, {"learning_rate": 2e-3}))
-    found = results([(adapted, scores(0.5, 0.6, bytes=2500, deep={"er": 3})), (base, scores(0.1, 0.1))])
+    costs = {"bytes": 2500, "deep": {"er": 3}}
+    found = results([(adapted, scores(0.5, 0.6, obeyed=0.9, **costs)), (base, scores(0.1, 0.1, obeyed=0.9))])
     more = {"kB": number(found, "bytes", ".1f", 1e3), "deeper": number(found, "deep.er", ".0f"), "rate": learning_rate}
     rows = arms_table([adapted, base], found, more).splitlines()
-    assert rows[0].endswith("| kB | deeper | rate |")
-    assert rows[2].endswith("| 2.5 | 3 | 0.002 |")
-    assert rows[3].endswith("| – | – | – |")
+    assert rows[0].endswith("| as asked | quality | kB | deeper | rate |")
+    assert rows[2].endswith(f"| {quality(found, adapted)} | 2.5 | 3 | 0.002 |")
+    assert rows[3].endswith(f"| {quality(found, base)} | – | – | – |")
     assert number(found, "deep.er.still", ".0f")(adapted) == "–"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from .cells import Arm
-from .results import Results
+from .results import Results, quality
 
 SCORES: Mapping[str, str] = {
     "dino": "DINO",
@@ -18,12 +18,12 @@ SCORES: Mapping[str, str] = {
 
 
 def arms_table(arms: Sequence[Arm], results: Results, more: Mapping[str, Callable[[Arm], str]] | None = None) -> str:
-    """A Markdown table: a row for each arm; means with intervals over subjects and seeds."""
+    """A Markdown table: a row for each arm; means with intervals over subjects and seeds, `quality` the last."""
     shown = [what for what in SCORES if any(results.found(arm, what) for arm in arms)]
-    heads = ["", *(SCORES[what] for what in shown), *(more or {})]
+    heads = ["", *(SCORES[what] for what in shown), "quality", *(more or {})]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in arms:
-        row = [arm.label, *(str(results.estimate(arm, what)) for what in shown)]
+        row = [arm.label, *(str(results.estimate(arm, what)) for what in shown), str(quality(results, arm))]
         if failures := results.diverged(arm):
             row[0] += f" ({failures} diverged)"
         lines.append(f"| {' | '.join([*row, *(of(arm) for of in (more or {}).values())])} |")

@@ -92,7 +92,8 @@ def write_page(study: Study, settings: StudySettings, records: Records, folder: 
         f"On {settings.base}: {len(subjects)} subjects ({', '.join(subjects)}), seeds "
         f"{', '.join(map(str, study.seeds))}, {settings.config({}).max_train_steps} steps of "
         f"{settings.config({}).train_batch_size}, {len(settings.prompts)} prompts, unless said otherwise. Means, and "
-        "in brackets 95% intervals over subjects and seeds.",
+        "in brackets 95% intervals over subjects and seeds. The quality is the harmonic mean of fidelity (DINO) and of "
+        "the share that is as asked (CLIP-T where that is not known).",
         "",
         page.text,
         "",

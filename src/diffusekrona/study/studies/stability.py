@@ -61,8 +61,7 @@ class Stability(Study):
         arms, rates = self.arms(), self.learning_rates
         best = [_best(results, [arm for arm in arms if arm.series == label]) for label in self.methods]
         explained = (
-            "The quality is the harmonic mean of fidelity (DINO) and of the share that is as asked (CLIP-T where "
-            f"that is not known). Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
+            f"Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
             "the same subject and seed, between measured ones by a straight line over their logarithms; how many "
             "powers of ten they cover says how much may be wrong with a guess. A spread is the standard deviation "
             "of a score over all learning rates, within a subject and a seed."
@@ -73,7 +72,7 @@ class Stability(Study):
         parts += [
             "At the best learning rates:",
             difference_table(best[1:], best[0], results),
-            arms_table(arms, results, {"quality": lambda arm: str(quality(results, arm))}),
+            arms_table(arms, results),
         ]
         figures = {"stability": along(arms, results, "learning rate"), **self._pictures(results)}
         return Page("\n\n".join(parts), figures)
