@@ -135,6 +135,17 @@ def test_seconds_of_a_step_are_without_those_of_looking(lab, monkeypatch):
     assert [record.found["seconds_per_step"] for record in lab.measure(cells)] == [7.0, 7.0]
 
 
+def test_a_view_may_be_of_more_steps_than_usual_or_of_fewer(lab, monkeypatch):
+    done = []
+    plain = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **options: done.append(1) or plain(*args, **options))
+    for steps in (1, 3):
+        (record,) = lab.measure([Cell(Spec("krona", KRONA, STRONG), View(step=steps), "bear", 0)])
+        assert record.cell.view.step == steps
+        assert len(done) == steps
+        done.clear()
+
+
 @pytest.mark.parametrize("name", ["krona", "lora", "lokr", "loha", "svdiff", "custom-diffusion", "dreambooth"])
 def test_every_method_leaves_the_base_as_it_was(lab, name):
     options = KRONA if name == "krona" else {}
