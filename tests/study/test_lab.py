@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, lab):
     cell = Cell(Spec("krona", KRONA, STRONG), View(), "bear", 3)
     (record,) = lab.measure([cell])
     pipe = load_base(settings.base)
-    train_dreambooth(
+    trained = train_dreambooth(
         pipe,
         settings_folder(settings),
         "a sks toy",
@@ -70,6 +71,7 @@ def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, lab):
     expected = scores_by_hand(settings, pipe)
     assert {name: record.found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert record.found["drift"] > 1e-6
+    assert record.found["loss"] == pytest.approx(mean(trained.losses))
     assert record.sheet == sheet_of(generate_images(pipe, PROMPTS, [1000, 1001], **HOW))
     assert record.found["parameters"] == sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad)
     assert record.found["bytes"] > 4 * record.found["parameters"]
@@ -163,6 +165,12 @@ def test_a_model_that_diverges_is_recorded_as_one(lab):
     assert [record.cell.view.step for record in records] == [1, 2]
     assert records[-1].found["diverged"] is True
     assert "dino" not in records[-1].found
+
+
+def test_an_infinite_factor_after_the_last_step_has_no_scores(lab):
+    (record,) = lab.measure([Cell(Spec("krona", KRONA, {"learning_rate": 1e39}), View(step=1), "bear", 0)])
+    assert record.found["diverged"] is True
+    assert "dino" not in record.found
 
 
 def test_fewer_pictures_are_the_first_ones(settings, lab):
