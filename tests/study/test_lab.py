@@ -97,7 +97,7 @@ def test_views_of_one_model_are_what_each_alone_would_be(settings):
     assert together[cells[-1].key]["spectrum"]["layers"] > 1
 
 
-def test_memory_is_what_autograd_keeps_of_a_step_and_what_adamw_needs_of_each_number(settings, lab):
+def test_costs_are_what_autograd_keeps_and_adamw_needs_and_the_saved_files_have(settings, lab, tmp_path):
     (record,) = lab.measure([Cell(Spec("lora", {"rank": 2}, STRONG), View(), "bear", 0)])
     pipe = load_base(settings.base)
     method = method_from("lora", rank=2)
@@ -117,6 +117,8 @@ def test_memory_is_what_autograd_keeps_of_a_step_and_what_adamw_needs_of_each_nu
     gradient_and_moments = 3 * 4 * sum(p.numel() for p in parameters.values())
     assert record.found["memory"] == expected + gradient_and_moments
     assert expected > 0
+    method.save(pipe, tmp_path / "saved")
+    assert record.found["bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
 
 
 def test_seconds_of_a_step_are_without_those_of_looking(lab, monkeypatch):
