@@ -154,14 +154,15 @@ def quality_of(results, arm):
 def test_best_at_their_learning_rates_are_shown_and_no_others(smaller, tmp_path):
     values = {"a1": [1, 4], "a2": [4], "subjects": 2, "learning_rates": [1e-3, 1e-1, 1.0]}
     study = chosen_study("factors", replace(smaller, studies={"factors": values}))
-    text = run_study(study, smaller, tmp_path).read_text(encoding="utf-8")
+    table, differences = run_study(study, smaller, tmp_path).read_text(encoding="utf-8").split("| minus ")
     results = Results(study, smaller, Records(tmp_path / "records.jsonl", smaller.shared()))
     for label in ("(1, 4)", "(4, 4)"):
         best = max((arm for arm in study.arms() if arm.label == label), key=lambda arm: quality_of(results, arm))
-        rows = [line for line in text.splitlines() if line.startswith(f"| {label} ")]
+        rows = [line for line in table.splitlines() if line.startswith(f"| {label} ")]
         assert len(rows) == 1
         assert f"| {best.spec.training['learning_rate']:g} |" in rows[0]
         assert f"| {results.estimate(best, 'dino')} |" in rows[0]
+    assert differences.count("\n| (") == 1
 
 
 def test_beyond_compares_the_best_that_is_no_larger_on_subjects_that_it_was_not_chosen_on(smaller, tmp_path):
