@@ -7,12 +7,14 @@ from statistics import mean
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusekrona import KronAConfig
 from diffusekrona.base import load_base
 from diffusekrona.errors import KronAError
 from diffusekrona.evaluation import Encoders
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
+from diffusekrona.evaluation.scenes import COLOURS
 from diffusekrona.generation import generate_images
 from diffusekrona.images import read_image
 from diffusekrona.methods import method_from
@@ -82,6 +84,19 @@ def test_the_base_is_scored_as_it_is(settings, lab):
     expected = scores_by_hand(settings, load_base(settings.base))
     assert {name: record.found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert record.found["drift"] == pytest.approx(0, abs=1e-12)
+
+
+def test_pictures_are_read_beside_their_own_prompts_where_prompts_are_of_scenes(settings, monkeypatch):
+    def painted(pipe, prompts, seeds, **how):
+        colours = [next((word for word in ("red", "blue") if word in prompt), "white") for prompt in prompts]
+        return [Image.new("RGB", (64, 64), COLOURS[colour]) for colour in colours]
+
+    monkeypatch.setattr("diffusekrona.study.lab.generate_images", painted)
+    base = [Cell(Spec(BASE), View(), "bear", 0)]
+    assert Lab(settings).measure(base)[0].found["background"] == 1.0
+    (plain,) = Lab(replace(settings, scenes=False)).measure(base)
+    assert "background" not in plain.found
+    assert "obeyed" not in plain.found
 
 
 def test_views_of_one_model_are_what_each_alone_would_be(settings):

@@ -136,7 +136,6 @@ class Lab:
             "drift": drift(others, self._others_of_base(view)),
         }
         found: dict[str, Any] = {**costs, **{what: score.mean for what, score in scores.items()}}
-        found["dino_by_prompt"] = [round(value, 4) for value in scores["dino"].values]
         if settings.scenes:
             found |= shares([obeyed(image, prompt) for image, prompt in zip(drawn, prompts, strict=True)])
         if view.spectrum:
