@@ -128,6 +128,13 @@ def test_cells_that_another_study_measured_are_not_measured_again(smaller, tmp_p
     assert len(Records(tmp_path / "records.jsonl", smaller.shared())) == count
 
 
+def test_what_two_arms_have_in_common_is_measured_once(smaller, tmp_path):
+    values = {"a1": [4, 4, 2], "a2": [4], "subjects": 1, "learning_rates": [1e-3]}
+    study, told = chosen_study("factors", replace(smaller, studies={"factors": values})), []
+    run_study(study, smaller, tmp_path, on_record=lambda *counts: told.append(counts))
+    assert told == [(1, 2), (2, 2)]
+
+
 def test_more_seeds_are_one_number(smaller):
     assert chosen_study("stability", smaller, seeds=5).seeds == (0, 1, 2, 3, 4)
 

@@ -1,4 +1,4 @@
-"""Measuring what is missing, in one process or in several."""
+"""Measuring cells, in one process or in several."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def measure(
     workers: int = 1,
     on_record: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Measure the cells that have no record yet; each is kept as soon as it is known.
+    """Measure cells, equal ones once; each is kept as soon as it is known.
 
     Args:
         settings: of all studies.
         cells: in the order of their importance.
         records: where the measurements go.
         workers: processes; each has its share of the CPU's cores. With a GPU, more than one process share it.
-        on_record: told how many of the missing cells are done.
+        on_record: told how many of the cells are done.
 
     Raises:
         KronAError: a model could not be trained; all others are measured first. Or a process was killed.
     """
-    missing = list({cell.key: cell for cell in cells if cell not in records}.values())
-    groups = list(_by_model(missing))
+    different = list({cell.key: cell for cell in cells}.values())
+    groups = list(_by_model(different))
     done, failed = 0, []
     for outcome in _outcomes(settings, groups, workers):
         if isinstance(outcome, Exception):
@@ -49,7 +49,7 @@ def measure(
         for record in outcome:
             records.add(record)
             done += 1
-            on_record(done, len(missing))
+            on_record(done, len(different))
     if failed:
         raise KronAError(
             f"{len(failed)} of {len(groups)} models could not be measured. The first: {failed[0]}"
