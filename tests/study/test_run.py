@@ -77,6 +77,7 @@ def test_a_gallery_stays_on_the_page_where_its_pictures_are_gone(smaller, tmp_pa
     study = chosen_study("init", quick(smaller))
     whole = run_study(study, quick(smaller), tmp_path)
     before, drawn = whole.read_text(encoding="utf-8"), (tmp_path / "init-pictures.png").read_bytes()
+    assert run_study(study, quick(smaller), tmp_path).read_text(encoding="utf-8") == before
     shutil.rmtree(tmp_path / "pictures")
     assert run_study(study, quick(smaller), tmp_path).read_text(encoding="utf-8") == before
     assert "(init-pictures.png)" in before
