@@ -102,9 +102,14 @@ def quality(results: Results, arm: Arm) -> Estimate:
     return estimate(results.qualities(arm))
 
 
+def best_of(arms: Sequence[Arm], results: Results) -> Arm:
+    """The arm with the best quality."""
+    return max(arms, key=lambda arm: quality(results, arm).mean)
+
+
 def best_of_each(arms: Sequence[Arm], results: Results) -> list[Arm]:
     """Of the arms with equal labels, which differ in the learning rate, the one with the best quality."""
     lines: dict[str, list[Arm]] = {}
     for arm in arms:
         lines.setdefault(arm.label, []).append(arm)
-    return [max(line, key=lambda arm: quality(results, arm).mean) for line in lines.values()]
+    return [best_of(line, results) for line in lines.values()]

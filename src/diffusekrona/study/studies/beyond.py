@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..cells import Arm, Cell
-from ..results import Results, best_of_each, quality
+from ..results import Results, best_of, best_of_each
 from ..settings import StudySettings, StudySettingsError
 from .methods import ADAPTERS, Methods
 
@@ -73,5 +73,5 @@ class Beyond(Methods):
         ]
         if not chosen:
             raise StudySettingsError(f"No configuration has at most the parameters of {self.rivals[0]}.")
-        winner = max(chosen, key=lambda arm: quality(search, arm).mean)
+        winner = best_of(chosen, search)
         return [winner, *(best[label] for label in self.rivals)]

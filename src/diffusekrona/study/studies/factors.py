@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..cells import Arm, Spec
 from ..figures import along
 from ..markdown import arms_table, difference_table, learning_rate, number
-from ..results import Results, best_of_each, quality
+from ..results import Results, best_of, best_of_each
 from ..study import Page, Study
 
 
@@ -51,7 +51,7 @@ class Factors(Study):
     def page(self, results: Results) -> Page:
         """Scores and parameters of each pair at its best learning rate, and how far they are from the best pair's."""
         best = best_of_each(self.arms(), results)
-        first = max(best, key=lambda arm: quality(results, arm).mean)
+        first = best_of(best, results)
         more = {
             "learning rate": learning_rate,
             "parameters": number(results, "parameters", ",.0f"),

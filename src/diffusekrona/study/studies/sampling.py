@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..cells import Arm, Spec, View
 from ..figures import along, beside
 from ..markdown import arms_table, difference_table
-from ..results import Results, quality
+from ..results import Results, best_of
 from ..study import Page, Study
 
 
@@ -28,7 +28,7 @@ class _Along(Study):
     def page(self, results: Results) -> Page:
         """Scores along the axis, and how far they are from the best's."""
         arms = self.arms()
-        best = max(arms, key=lambda arm: quality(results, arm).mean)
+        best = best_of(arms, results)
         others = [arm for arm in arms if arm is not best]
         text = f"{arms_table(arms, results)}\n\n{difference_table(others, best, results)}"
         figures = {self.name: along(arms, results, self.axis, log=False)}

@@ -12,7 +12,7 @@ import numpy as np
 from ..cells import Arm
 from ..figures import along, gallery
 from ..markdown import arms_table, difference_table
-from ..results import Results, quality
+from ..results import Results, best_of, quality
 from ..statistics import estimate
 from ..study import Page, Study, spec_of
 
@@ -59,7 +59,7 @@ class Stability(Study):
     def page(self, results: Results) -> Page:
         """Scores over learning rates, and how wide each method's useful range is."""
         arms, rates = self.arms(), self.learning_rates
-        best = [_best(results, [arm for arm in arms if arm.series == label]) for label in self.methods]
+        best = [best_of([arm for arm in arms if arm.series == label], results) for label in self.methods]
         explained = (
             f"Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
             "the same subject and seed, between measured ones by a straight line over their logarithms; how many "
@@ -85,7 +85,7 @@ class Stability(Study):
         ]
         for label in self.methods:
             line = [arm for arm in self.arms() if arm.series == label and arm.x in rates]
-            best = _best(results, line)
+            best = best_of(line, results)
             decades = _over([results.qualities(arm) for arm in line], lambda values: _decades(rates, values))
             spreads = [_over([results.found(arm, what) for arm in line], pstdev) for what in ("dino", "clip_t")]
             lines.append(f"| {label} | {quality(results, best)}, {best.x:g} | {decades} | {' | '.join(spreads)} |")
@@ -103,10 +103,6 @@ class Stability(Study):
             for number, label in enumerate(self.methods)
         }
         return {"stability-pictures": gallery(rows, [f"{rate:g}" for rate in self.learning_rates])}
-
-
-def _best(results: Results, line: Sequence[Arm]) -> Arm:
-    return max(line, key=lambda arm: quality(results, arm).mean)
 
 
 def _decades(rates: Sequence[float], qualities: Sequence[float]) -> float:
