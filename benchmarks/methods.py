@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusekrona import KronALayer
-from diffusekrona.ops import kron_linear_b_first
+from diffusekrona.kron.products import kron_linear_b_first
 
 Method = Callable[[nn.Linear], nn.Module]
 

@@ -1,4 +1,4 @@
-"""How well `diffusekrona.factors` predicts what a training step costs, from counting alone.
+"""How well `diffusekrona.kron.shapes` predicts what a training step costs, from counting alone.
 
 A step's predicted time is its multiply-adds plus `balance` times the elements that it moves. The one number that
 depends on the machine, `balance`, is fitted to all measured ratios at once.
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from diffusekrona.factors import (
+from diffusekrona.kron.shapes import (
     StepCost,
     factor_shapes,
     frozen_step,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusekrona.fused import linear_with_kron
+from diffusekrona.kron.fused import linear_with_kron
 
 from .measuring import median_ratio, timed_in_turns
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusekrona.factors import FactorShapes
+from diffusekrona.kron.shapes import FactorShapes
 
 sides = st.sampled_from([1, 2, 3, 4, 5, 7, 17])
 shapes_of_factors = st.builds(FactorShapes, sides, sides, sides, sides)

@@ -8,9 +8,9 @@ from . import mixed as mixed  # which enters KronA in PEFT's mixed models
 from .config import KronAConfig
 from .hotswap import hotswap_krona
 from .interchange.folding import merge_file
+from .kron.products import kron_linear
 from .layer import KronALayer
 from .model import KronAModel
-from .ops import kron_linear
 from .pipeline import inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
 from .report import KronAReport, krona_report
 

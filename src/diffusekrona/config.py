@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from .errors import ConfigError
-from .factors import Layout
+from .kron.shapes import Layout
 
 Init = Literal["zeros", "normal", "normal_sqrt", "kaiming_uniform", "xavier_uniform"]
 

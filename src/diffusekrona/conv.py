@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from .kron.products import kron_conv2d
 from .layer import KronALayer
-from .ops import kron_conv2d
 
 
 class KronAConv2d(KronALayer):

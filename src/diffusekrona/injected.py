@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import KronAConfig
 from .errors import MergeError
-from .exact import Term
+from .kron.exact import Term
 from .layer import KronALayer, layers_beneath
 
 

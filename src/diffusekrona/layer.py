@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .config import Init
 from .errors import FactorShapeError
-from .exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
-from .factors import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
-from .fused import can_fuse, linear_with_kron
+from .kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
+from .kron.fused import can_fuse, linear_with_kron
+from .kron.products import dense_update, kron_linear, sum_of
+from .kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
 from .merged import MergedWeight
-from .ops import dense_update, kron_linear, sum_of
 from .quantized import Original
 
 

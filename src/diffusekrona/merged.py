@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MergeError
-from .exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
+from .kron.exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
 from .quantized import Original, carrier, check_format, dequantized, is_quantized, put_back, replace
 
 Terms = dict[str, list[Term]]

@@ -13,7 +13,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from .errors import MergeError
-from .exact import MERGEABLE_DTYPES
+from .kron.exact import MERGEABLE_DTYPES
 
 _BNB_STATE = ("CB", "SCB")
 

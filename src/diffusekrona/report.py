@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .components import adaptable_components, adapter_names, named_adapter
-from .factors import (
+from .injected import krona_layers
+from .kron.shapes import (
     BALANCE,
     FactorShapes,
     StepCost,
@@ -30,7 +31,6 @@ from .factors import (
     lora_step,
     merging_pays,
 )
-from .injected import krona_layers
 from .layer import KronALayer
 
 LORA_RANK = 4

@@ -18,7 +18,7 @@ from torch import nn
 
 from .config import KronAConfig
 from .errors import FactorShapeError
-from .factors import UpdateShapes, factor_shapes, update_shapes
+from .kron.shapes import UpdateShapes, factor_shapes, update_shapes
 from .layer import layer_size
 from .presets import resolved
 

@@ -13,12 +13,12 @@ from diffusekrona import KronAConfig, inject_krona, krona_report, load_krona, me
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.base import BaseModelError
 from diffusekrona.errors import AdapterFileError, FactorShapeError, KronAError
-from diffusekrona.factors import divisors
 from diffusekrona.formats import foreign
 from diffusekrona.formats.updates import Update
 from diffusekrona.injected import krona_layers
 from diffusekrona.interchange.conversion import Target, approximated, components_for, convert
 from diffusekrona.interchange.finetune import Difference, FolderWeights, extract
+from diffusekrona.kron.shapes import divisors
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 

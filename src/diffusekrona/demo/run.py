@@ -16,9 +16,9 @@ from ..base import load_base
 from ..config import KronAConfig
 from ..errors import KronAError
 from ..evaluation.judge import Judge
-from ..exact import Restoration
 from ..generation import generate_images
 from ..injected import krona_layers
+from ..kron.exact import Restoration
 from ..pipeline import load_krona, merge_krona, save_krona, unmerge_krona
 from ..report import krona_report
 from ..training import TrainingConfig, TrainingStep, train_dreambooth

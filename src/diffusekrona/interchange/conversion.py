@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..approximate import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
 from ..architectures import PIPELINES, build_pipeline
 from ..errors import AdapterFileError, FactorShapeError, KronAError
-from ..factors import fewest_parameters
 from ..formats import krona as krona_format
 from ..formats.files import write_whole
 from ..formats.krona import SavedAdapter
 from ..formats.lokr import LoKr
 from ..formats.lora import LoRA
 from ..formats.updates import Update, flat
+from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
+from ..kron.shapes import fewest_parameters
 from .exporting import Format, check_format, lokr_bytes
 from .importing import LayerFactors, adapters_of, read_adapters
 from .saved import KronaUpdate, Place, updates_in

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..base import BaseModelError
 from ..config import ATTENTION, KronAConfig
-from ..exact import arithmetic_dtype
 from ..formats.files import read_names
 from ..formats.updates import Update
+from ..kron.exact import arithmetic_dtype
 from ..targets import target_layers
 from .conversion import Conversion, Progress, Target, check_output, write_nearest
 from .exporting import Format

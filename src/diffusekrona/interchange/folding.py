@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..components import adaptable_components
 from ..errors import AdapterFileError, MergeError
-from ..exact import MERGEABLE_DTYPES, arithmetic_dtype
 from ..formats.hub import resolve
 from ..injected import krona_layers
+from ..kron.exact import MERGEABLE_DTYPES, arithmetic_dtype
 from ..merged import check_in_memory
 from .saved import Place, updates_in
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..components import is_denoiser
 from ..errors import AdapterFileError
-from ..factors import Layout
 from ..formats import foreign
 from ..formats import krona as krona_format
 from ..formats.krona import SavedAdapter
 from ..formats.updates import Update
-from ..ops import dense_update
+from ..kron.products import dense_update
+from ..kron.shapes import Layout
 from ..targets import layer_alpha, target_layers
 from .fit import check_fit
 from .naming import resolve

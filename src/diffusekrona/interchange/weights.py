@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..architectures import build_pipeline
 from ..base import BaseModelError
 from ..errors import MergeError
-from ..exact import MERGEABLE_DTYPES
 from ..formats.files import read_names
 from ..formats.krona import DENOISERS, TEXT_ENCODERS
+from ..kron.exact import MERGEABLE_DTYPES
 from .folding import merged
 from .naming import foreign_names, layer_names, original_unet_name
 from .saved import Place, updates_in

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft import LoHaConfig, PeftConfig
 
-from ..factors import loha_parameters
+from ..kron.shapes import loha_parameters
 from .peft_method import PeftMethod
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft import LoKrConfig, PeftConfig
 
-from ..factors import lokr_parameters
+from ..kron.shapes import lokr_parameters
 from .method import MethodError
 from .peft_method import PeftMethod
 

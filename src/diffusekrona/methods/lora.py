@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft import LoraConfig, PeftConfig
 
-from ..factors import lora_parameters
+from ..kron.shapes import lora_parameters
 from .peft_method import PeftMethod
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..components import mark_adapted
 from ..config import ATTENTION, KronAConfig
 from ..errors import ConfigError
-from ..exact import arithmetic_dtype
+from ..kron.exact import arithmetic_dtype
 from ..layer import layer_size
 from ..presets import resolved
 from ..targets import target_layers

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..exact import arithmetic_dtype
+from ..kron.exact import arithmetic_dtype
 
 Shiftable = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 """Layers whose weight can be shifted."""

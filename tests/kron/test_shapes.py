@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusekrona import KronALayer, factors
+from diffusekrona import KronALayer
 from diffusekrona.errors import FactorShapeError
-from diffusekrona.factors import FactorShapes, StepCost, factor_shapes
-from diffusekrona.ops import kron_linear_a_first, kron_linear_b_first
+from diffusekrona.kron import shapes as factors
+from diffusekrona.kron.products import kron_linear_a_first, kron_linear_b_first
+from diffusekrona.kron.shapes import FactorShapes, StepCost, factor_shapes
 
 quick = settings(deadline=None, max_examples=100)
 few = settings(deadline=None, max_examples=40)

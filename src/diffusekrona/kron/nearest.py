@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import FactorShapeError, KronAError
-from .factors import FactorShapes, factor_shapes, krona_parameters, legal_factors
+from ..errors import FactorShapeError, KronAError
+from .shapes import FactorShapes, factor_shapes, krona_parameters, legal_factors
 
 TIE = 1e-7
 """Relative errors no further apart than this are equal to `choose_factors`; rounding alone makes up to 5e-8."""

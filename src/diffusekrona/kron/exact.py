@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import MergeError
-from .factors import Layout
-from .ops import KronRows
+from ..errors import MergeError
+from .products import KronRows
+from .shapes import Layout
 
 
 class Term(NamedTuple):

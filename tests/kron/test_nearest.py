@@ -9,18 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusekrona import approximate
-from diffusekrona.approximate import (
-    TIE,
-    Approximation,
-    Delta,
-    Kronecker,
-    LowRank,
-    choose_factors,
-    nearest_kronecker,
-)
 from diffusekrona.errors import FactorShapeError, KronAError
-from diffusekrona.factors import FactorShapes, divisors, factor_shapes, krona_parameters, legal_factors
+from diffusekrona.kron import nearest as approximate
+from diffusekrona.kron.nearest import TIE, Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker
+from diffusekrona.kron.shapes import FactorShapes, divisors, factor_shapes, krona_parameters, legal_factors
 from tests.tensors import LargestTensor, layouts, shapes_of_factors
 
 ROUNDING = 1e-7

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .factors import FactorShapes, Layout, cheapest_conv_order, cheapest_order
+from .shapes import FactorShapes, Layout, cheapest_conv_order, cheapest_order
 
 _Pair = int | tuple[int, ...]
 

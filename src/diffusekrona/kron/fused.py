@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as modules
 
-from .factors import FactorShapes, cheapest_order, merging_pays
+from .shapes import FactorShapes, cheapest_order, merging_pays
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:

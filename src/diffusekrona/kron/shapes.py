@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .errors import FactorShapeError
+from ..errors import FactorShapeError
 
 Order = Literal["A first", "B first"]
 Layout = Literal["kron", "transposed"]

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import KronALayer
-from diffusekrona.factors import FactorShapes, cheapest_order, krona_multiply_adds
-from diffusekrona.fused import can_fuse, linear_with_kron
+from diffusekrona.kron.fused import can_fuse, linear_with_kron
+from diffusekrona.kron.shapes import FactorShapes, cheapest_order, krona_multiply_adds
 from tests.tensors import (
     LargestTensor,
     assert_all_close,

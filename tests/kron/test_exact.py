@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusekrona import exact
 from diffusekrona.errors import MergeError
-from diffusekrona.exact import Term, arithmetic_dtype, check_mergeable, fold_, merge_, unmerge_
+from diffusekrona.kron import exact
+from diffusekrona.kron.exact import Term, arithmetic_dtype, check_mergeable, fold_, merge_, unmerge_
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
