@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from diffusekrona import KronAConfig
-from diffusekrona.injected import krona_layers
-from diffusekrona.layer import KronALayer
+from diffusekrona.tuner.injected import krona_layers
+from diffusekrona.tuner.layer import KronALayer
 
 quiet = [
     pytest.mark.filterwarnings("ignore:(All adapters|Already|You are trying|Adapter)"),

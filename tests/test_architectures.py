@@ -10,7 +10,7 @@ from torch import nn
 from diffusekrona import KronAConfig, architectures, inject_krona, krona_report
 from diffusekrona.errors import KronAError
 from diffusekrona.kron.shapes import krona_parameters, loha_parameters, lokr_parameters, lora_parameters
-from diffusekrona.targets import target_layers
+from diffusekrona.tuner.targets import target_layers
 
 Sizes = Counter[tuple[int, int]]
 """(d, h) → how many layers have that size."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona, unload_krona
 from diffusekrona.errors import FactorShapeError
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import assert_same, bits, snapshot, unchanged
 

@@ -24,7 +24,7 @@ from diffusekrona import (
     unmerge_krona,
 )
 from diffusekrona.errors import MergeError
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline
 from tests.snapshots import assert_same, snapshot
 

@@ -28,7 +28,7 @@ from diffusekrona import (
     unmerge_krona,
 )
 from diffusekrona.errors import AdapterFileError, AdapterNameError, FactorShapeError, KronAError, MergeError
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 from tests.modules import Network, inputs, network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import assert_same, bits, snapshot, unchanged

@@ -11,9 +11,9 @@ from torch import nn
 
 from diffusekrona import KronAConfig, KronALayer, KronAReport, inject_krona, krona_report
 from diffusekrona.errors import AdapterNameError, KronAError
-from diffusekrona.injected import krona_layers
 from diffusekrona.kron.shapes import frozen_step, krona_step, lokr_step, lora_step, merging_pays
 from diffusekrona.report import LORA_RANK
+from diffusekrona.tuner.injected import krona_layers
 
 CONFIG = KronAConfig(a1=4, a2=2, factor_pattern={"to_k": (2, 8)}, init_b="normal")
 

@@ -19,7 +19,7 @@ from diffusekrona import (
     unmerge_krona,
 )
 from diffusekrona.architectures import build
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 
 PARAMETERS = 3_874_560
 NEEDED = 9 << 30

@@ -4,15 +4,15 @@ The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `fa
 `model.py`, in that order.
 """
 
-from . import mixed as mixed  # which enters KronA in PEFT's mixed models
-from .config import KronAConfig
 from .hotswap import hotswap_krona
 from .interchange.folding import merge_file
 from .kron.products import kron_linear
-from .layer import KronALayer
-from .model import KronAModel
 from .pipeline import inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
 from .report import KronAReport, krona_report
+from .tuner import mixed as mixed  # which enters KronA in PEFT's mixed models
+from .tuner.config import KronAConfig
+from .tuner.layer import KronALayer
+from .tuner.model import KronAModel
 
 __all__ = [
     "KronAConfig",

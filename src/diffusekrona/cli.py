@@ -20,7 +20,6 @@ from typer.core import TyperGroup
 from .architectures import ARCHITECTURES, PIPELINES, build
 from .base import default_device, load_base
 from .captions import write_metadata
-from .config import ATTENTION, KronAConfig
 from .demo.run import TRAINING as DEMO_TRAINING
 from .demo.run import DemoPaths, run_demo
 from .demo.table import rich_table
@@ -45,6 +44,7 @@ from .training.plan import plan as plan_run
 from .training.plan import plan_table
 from .training.run import run, train_command
 from .training.settings import Settings, read_settings
+from .tuner.config import ATTENTION, KronAConfig
 
 console = Console()
 

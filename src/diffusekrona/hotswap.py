@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import adaptable_components, adapter_names, named_adapter
 from .errors import AdapterFileError, MergeError
 from .formats import krona as krona_format
 from .formats.hub import resolve
 from .formats.krona import SavedAdapter
-from .injected import adapter_tensors, krona_layers
 from .interchange.fit import check_fit
 from .interchange.saved import by_component
-from .layer import KronALayer
-from .targets import layer_alpha
+from .tuner.components import adaptable_components, adapter_names, named_adapter
+from .tuner.injected import adapter_tensors, krona_layers
+from .tuner.layer import KronALayer
+from .tuner.targets import layer_alpha
 
 
 def hotswap_krona(

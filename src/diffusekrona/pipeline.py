@@ -17,7 +17,15 @@ from peft import inject_adapter_in_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from .components import (
+from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
+from .formats import krona as krona_format
+from .formats.files import write_whole
+from .formats.hub import resolve
+from .formats.krona import SavedAdapter
+from .interchange.exporting import Format, check_format, lokr_bytes
+from .interchange.fit import check_fit
+from .interchange.importing import read_adapters
+from .tuner.components import (
     adaptable_components,
     adapter_names,
     all_modules,
@@ -29,13 +37,8 @@ from .components import (
     remember,
     restore,
 )
-from .config import KronAConfig
-from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
-from .formats import krona as krona_format
-from .formats.files import write_whole
-from .formats.hub import resolve
-from .formats.krona import SavedAdapter
-from .injected import (
+from .tuner.config import KronAConfig
+from .tuner.injected import (
     adapter_tensors,
     krona_layers,
     remove_adapter,
@@ -43,11 +46,8 @@ from .injected import (
     terms_to_merge,
     undone_on_error,
 )
-from .interchange.exporting import Format, check_format, lokr_bytes
-from .interchange.fit import check_fit
-from .interchange.importing import read_adapters
-from .layer import KronALayer
-from .merged import check_in_memory
+from .tuner.layer import KronALayer
+from .tuner.merged import check_in_memory
 
 
 class InjectedAdapter:

@@ -17,8 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from .components import adaptable_components, adapter_names, named_adapter
-from .injected import krona_layers
 from .kron.shapes import (
     BALANCE,
     FactorShapes,
@@ -31,7 +29,9 @@ from .kron.shapes import (
     lora_step,
     merging_pays,
 )
-from .layer import KronALayer
+from .tuner.components import adaptable_components, adapter_names, named_adapter
+from .tuner.injected import krona_layers
+from .tuner.layer import KronALayer
 
 LORA_RANK = 4
 """The rank of the LoRA that the paper compares with (Table 2)."""

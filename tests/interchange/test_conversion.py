@@ -15,10 +15,10 @@ from diffusekrona.base import BaseModelError
 from diffusekrona.errors import AdapterFileError, FactorShapeError, KronAError
 from diffusekrona.formats import foreign
 from diffusekrona.formats.updates import Update
-from diffusekrona.injected import krona_layers
 from diffusekrona.interchange.conversion import Target, approximated, components_for, convert
 from diffusekrona.interchange.finetune import Difference, FolderWeights, extract
 from diffusekrona.kron.shapes import divisors
+from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 

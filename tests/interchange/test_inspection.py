@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from diffusekrona import KronAConfig, inject_krona, save_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.formats import foreign
-from diffusekrona.injected import krona_layers
 from diffusekrona.interchange.conversion import convert
 from diffusekrona.interchange.inspection import inspect_file
+from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline
 
 

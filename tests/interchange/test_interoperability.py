@@ -18,8 +18,8 @@ from diffusekrona.architectures import build_pipeline
 from diffusekrona.errors import AdapterFileError, MergeError
 from diffusekrona.formats.files import data_hash
 from diffusekrona.formats.krona import SavedAdapter
-from diffusekrona.injected import krona_layers
 from diffusekrona.interchange.exporting import lokr_bytes
+from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import unchanged
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from diffusekrona.cli import app
-from diffusekrona.config import KronAConfig
 from diffusekrona.errors import KronAError
 from diffusekrona.methods import KronA
 from diffusekrona.study.tables import (
@@ -24,7 +23,8 @@ from diffusekrona.study.tables import (
     rows_of,
     write_markdown,
 )
-from diffusekrona.targets import target_layers
+from diffusekrona.tuner.config import KronAConfig
+from diffusekrona.tuner.targets import target_layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 SIDES = (2, 4, 8, 16, 32, 64, 128)

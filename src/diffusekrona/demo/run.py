@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 from ..base import load_base
-from ..config import KronAConfig
 from ..errors import KronAError
 from ..evaluation.judge import Judge
 from ..generation import generate_images
-from ..injected import krona_layers
 from ..kron.exact import Restoration
 from ..pipeline import load_krona, merge_krona, save_krona, unmerge_krona
 from ..report import krona_report
 from ..training import TrainingConfig, TrainingStep, train_dreambooth
+from ..tuner.config import KronAConfig
+from ..tuner.injected import krona_layers
 from .picture import draw_picture
 from .result import DemoResult
 from .table import write_markdown

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import KronAConfig, KronAPeftType
 from ..errors import AdapterFileError
+from ..tuner.config import KronAConfig, KronAPeftType
 from .files import read_names, read_safetensors, safetensors_bytes, write_whole
 
 DENOISERS = ("unet", "transformer")

@@ -12,7 +12,7 @@ from ..errors import AdapterFileError
 from ..formats import lokr
 from ..formats.files import data_hash, safetensors_bytes
 from ..formats.krona import SavedAdapter
-from ..targets import layer_alpha, layer_shapes, target_layers
+from ..tuner.targets import layer_alpha, layer_shapes, target_layers
 from .naming import diffusers_name, kohya_name
 
 Format = Literal["krona", "lokr", "lokr-diffusers"]

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..base import BaseModelError
-from ..config import ATTENTION, KronAConfig
 from ..formats.files import read_names
 from ..formats.updates import Update
 from ..kron.exact import arithmetic_dtype
-from ..targets import target_layers
+from ..tuner.config import ATTENTION, KronAConfig
+from ..tuner.targets import target_layers
 from .conversion import Conversion, Progress, Target, check_output, write_nearest
 from .exporting import Format
 from .naming import foreign_names

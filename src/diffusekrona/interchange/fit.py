@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError, FactorShapeError
 from ..formats.krona import SavedAdapter
-from ..model import KronAModel
-from ..targets import layer_shapes, target_layers
+from ..tuner.model import KronAModel
+from ..tuner.targets import layer_shapes, target_layers
 
 
 def check_fit(component: nn.Module, saved: SavedAdapter) -> None:

@@ -10,12 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..components import adaptable_components
 from ..errors import AdapterFileError, MergeError
 from ..formats.hub import resolve
-from ..injected import krona_layers
 from ..kron.exact import MERGEABLE_DTYPES, arithmetic_dtype
-from ..merged import check_in_memory
+from ..tuner.components import adaptable_components
+from ..tuner.injected import krona_layers
+from ..tuner.merged import check_in_memory
 from .saved import Place, updates_in
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..config import KronAConfig
 from ..errors import AdapterFileError
 from ..formats import krona as krona_format
 from ..formats.krona import SavedAdapter
@@ -16,7 +15,8 @@ from ..formats.lokr import LoKr
 from ..formats.reference import Reference
 from ..formats.updates import Update, flat
 from ..kron.shapes import FactorShapes, Layout, update_shapes
-from ..targets import common_and_pattern, target_only
+from ..tuner.config import KronAConfig
+from ..tuner.targets import common_and_pattern, target_only
 from .saved import Place, by_component, foreign_updates
 
 

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..components import is_denoiser
 from ..errors import AdapterFileError
 from ..formats import foreign
 from ..formats import krona as krona_format
@@ -18,7 +17,8 @@ from ..formats.krona import SavedAdapter
 from ..formats.updates import Update
 from ..kron.products import dense_update
 from ..kron.shapes import Layout
-from ..targets import layer_alpha, target_layers
+from ..tuner.components import is_denoiser
+from ..tuner.targets import layer_alpha, target_layers
 from .fit import check_fit
 from .naming import resolve
 

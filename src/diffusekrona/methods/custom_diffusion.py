@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..config import KronAConfig
 from ..errors import ConfigError
-from ..targets import target_layers
+from ..tuner.config import KronAConfig
+from ..tuner.targets import target_layers
 from .in_place import copies_of, copy_in_place, float32_inside, put_back
 from .method import Method, MethodError
 

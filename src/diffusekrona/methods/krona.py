@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..config import ATTENTION, Init, KronAConfig
 from ..errors import ConfigError
 from ..formats.krona import header_of
-from ..injected import adapter_tensors
 from ..pipeline import inject_krona, unload_krona
-from ..targets import layer_shapes, target_layers
+from ..tuner.config import ATTENTION, Init, KronAConfig
+from ..tuner.injected import adapter_tensors
+from ..tuner.targets import layer_shapes, target_layers
 from .method import Method, MethodError
 
 _ADAPTER = "default"

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..components import adaptable_components, all_modules, is_denoiser, remember, restore
 from ..errors import AdapterFileError, KronAError
 from ..formats.files import read_safetensors, safetensors_bytes, write_whole
+from ..tuner.components import adaptable_components, all_modules, is_denoiser, remember, restore
 
 HEADER = "diffusekrona_method"
 """Entry of a saved file's header: the method's name and options, as JSON."""

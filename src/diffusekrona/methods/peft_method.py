@@ -10,13 +10,13 @@ from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..components import mark_adapted
-from ..config import ATTENTION, KronAConfig
 from ..errors import ConfigError
 from ..kron.exact import arithmetic_dtype
-from ..layer import layer_size
-from ..presets import resolved
-from ..targets import target_layers
+from ..tuner.components import mark_adapted
+from ..tuner.config import ATTENTION, KronAConfig
+from ..tuner.layer import layer_size
+from ..tuner.presets import resolved
+from ..tuner.targets import target_layers
 from .method import Method, MethodError, check_scale, check_whole
 
 _ADAPTER = "default"

@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import nn
 
 from ..architectures import build_pipeline
-from ..config import KronAConfig
 from ..errors import KronAError
 from ..formats.files import write_whole
 from ..methods import CustomDiffusion, FullDreamBooth, KronA, LoHa, LoKr, LoRA, Method, SVDiff
-from ..targets import target_layers
+from ..tuner.config import KronAConfig
+from ..tuner.targets import target_layers
 
 TABLES = (2, 4, 6, 7, 8)
 MODELS = {"sdxl": "SDXL", "sd15": "SD"}

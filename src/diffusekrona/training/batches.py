@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..components import forget
+from ..tuner.components import forget
 from .config import TrainingConfig
 from .data import TrainingImage
 from .draws import Draw, Order, generator_for

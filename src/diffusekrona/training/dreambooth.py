@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import KronAConfig
 from ..pipeline import inject_krona, unload_krona
+from ..tuner.config import KronAConfig
 from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
 from .errors import TrainingConfigError

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
-from ..config import ATTENTION, Init, KronAConfig
+from ..tuner.config import ATTENTION, Init, KronAConfig
 from .checks import check_choice, check_flag
 from .config import TrainingConfig
 from .data import OnBadImage

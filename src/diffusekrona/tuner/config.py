@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
-from .errors import ConfigError
-from .kron.shapes import Layout
+from ..errors import ConfigError
+from ..kron.shapes import Layout
 
 Init = Literal["zeros", "normal", "normal_sqrt", "kaiming_uniform", "xavier_uniform"]
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from diffusekrona import KronAConfig, KronALayer
 from diffusekrona.errors import AdapterNameError, FactorShapeError, MergeError
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 from tests.modules import Network, inputs, network
 from tests.snapshots import assert_same, bits, snapshot, unchanged
 

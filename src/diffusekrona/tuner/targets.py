@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..errors import FactorShapeError
+from ..kron.shapes import UpdateShapes, factor_shapes, update_shapes
 from .config import KronAConfig
-from .errors import FactorShapeError
-from .kron.shapes import UpdateShapes, factor_shapes, update_shapes
 from .layer import layer_size
 from .presets import resolved
 

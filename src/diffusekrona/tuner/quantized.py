@@ -12,8 +12,8 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from .errors import MergeError
-from .kron.exact import MERGEABLE_DTYPES
+from ..errors import MergeError
+from ..kron.exact import MERGEABLE_DTYPES
 
 _BNB_STATE = ("CB", "SCB")
 

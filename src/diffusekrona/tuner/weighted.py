@@ -13,11 +13,11 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..errors import AdapterNameError, ConfigError, FactorShapeError
+from ..kron.nearest import Approximation, Delta, Kronecker, nearest_kronecker, total_error
+from ..kron.products import dense_update, sum_of
 from .config import KronAConfig
-from .errors import AdapterNameError, ConfigError, FactorShapeError
 from .injected import krona_layers
-from .kron.nearest import Approximation, Delta, Kronecker, nearest_kronecker, total_error
-from .kron.products import dense_update, sum_of
 from .layer import KronALayer
 from .targets import common_and_pattern, layer_factors, listed, target_layers, target_only
 

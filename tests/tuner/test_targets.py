@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusekrona import KronAConfig
-from diffusekrona.targets import common_and_pattern, layer_factors, target_layers, target_only
+from diffusekrona.tuner.targets import common_and_pattern, layer_factors, target_layers, target_only
 
 names = st.lists(st.sampled_from(["a", "b", "ab", "0"]), min_size=1, max_size=4).map(".".join)
 

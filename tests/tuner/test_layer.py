@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusekrona import KronAConfig, KronALayer
 from diffusekrona.errors import FactorShapeError, MergeError
-from diffusekrona.layer import layer_size
+from diffusekrona.tuner.layer import layer_size
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

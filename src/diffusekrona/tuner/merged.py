@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MergeError
-from .kron.exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
+from ..errors import MergeError
+from ..kron.exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
 from .quantized import Original, carrier, check_format, dequantized, is_quantized, put_back, replace
 
 Terms = dict[str, list[Term]]

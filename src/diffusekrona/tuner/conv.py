@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from .kron.products import kron_conv2d
+from ..kron.products import kron_conv2d
 from .layer import KronALayer
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusekrona import KronAConfig, inject_krona, krona_report, load_krona, merge_krona, save_krona, unmerge_krona
-from diffusekrona.conv import KronAConv2d
 from diffusekrona.errors import FactorShapeError
 from diffusekrona.kron.products import kron_conv2d
 from diffusekrona.kron.shapes import FactorShapes, cheapest_conv_order
+from diffusekrona.tuner.conv import KronAConv2d
 from tests.tensors import LargestTensor
 
 sides = st.sampled_from([1, 2, 3, 5])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, merge_krona, unload_krona, unmerge_krona
 from diffusekrona.errors import MergeError
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 
 D, H = 64, 128
 

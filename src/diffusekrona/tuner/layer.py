@@ -11,12 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
+from ..errors import FactorShapeError
+from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
+from ..kron.fused import can_fuse, linear_with_kron
+from ..kron.products import dense_update, kron_linear, sum_of
+from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
 from .config import Init
-from .errors import FactorShapeError
-from .kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
-from .kron.fused import can_fuse, linear_with_kron
-from .kron.products import dense_update, kron_linear, sum_of
-from .kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
 from .merged import MergedWeight
 from .quantized import Original
 

@@ -10,9 +10,9 @@ import peft.mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from ..errors import AdapterNameError, KronAError
 from .config import KronAConfig, KronAPeftType
 from .conv import KronAConv2d
-from .errors import AdapterNameError, KronAError
 from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
 from .layer import KronALayer, KronALinear
 from .targets import layer_alpha, layer_factors, settle_targets

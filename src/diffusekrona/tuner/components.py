@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..errors import AdapterNameError, KronAError
+from ..formats.krona import DENOISERS, TEXT_ENCODERS
 from .config import KronAConfig
-from .errors import AdapterNameError, KronAError
-from .formats.krona import DENOISERS, TEXT_ENCODERS
 
 _DIFFUSERS_FLAG = "_hf_peft_config_loaded"
 

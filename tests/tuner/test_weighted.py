@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusekrona.errors import AdapterNameError, ConfigError, FactorShapeError
-from diffusekrona.injected import krona_layers
-from diffusekrona.layer import KronALayer
+from diffusekrona.tuner.injected import krona_layers
+from diffusekrona.tuner.layer import KronALayer
 from tests.kinds import (
     CLIP,
     DECODER,

@@ -10,8 +10,8 @@ from diffusers.models.attention import FeedForward
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..errors import ConfigError
 from .config import ATTENTION, PRESETS, KronAConfig
-from .errors import ConfigError
 
 ATTENTION_LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers

@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..errors import MergeError
+from ..kron.exact import Term
 from .config import KronAConfig
-from .errors import MergeError
-from .kron.exact import Term
 from .layer import KronALayer, layers_beneath
 
 

@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona
 from diffusekrona.architectures import build
 from diffusekrona.errors import ConfigError
-from diffusekrona.injected import krona_layers
-from diffusekrona.targets import target_layers
+from diffusekrona.tuner.injected import krona_layers
+from diffusekrona.tuner.targets import target_layers
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from diffusekrona import KronAConfig, inject_krona
-from diffusekrona.components import (
+from diffusekrona.errors import AdapterNameError, KronAError
+from diffusekrona.tuner.components import (
     adaptable_components,
     adapter_names,
     all_modules,
@@ -24,7 +25,6 @@ from diffusekrona.components import (
     remember,
     restore,
 )
-from diffusekrona.errors import AdapterNameError, KronAError
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import assert_same, snapshot

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from diffusekrona import KronAConfig
 from diffusekrona.errors import ConfigError, FactorShapeError, KronAError, MergeError
-from diffusekrona.injected import krona_layers
+from diffusekrona.tuner.injected import krona_layers
 from tests.kinds import (
     CLIP,
     DECODER,
