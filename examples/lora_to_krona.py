@@ -14,9 +14,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusekrona import load_krona, merge_file, unload_krona
+from diffusekrona.files.convert import Target, convert
+from diffusekrona.files.inspect import inspect_file
 from diffusekrona.generation import generate_images
-from diffusekrona.interchange.conversion import Target, convert
-from diffusekrona.interchange.inspection import inspect_file
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--base", default="models/emoji-sdxl", help="a Diffusers pipeline's folder")

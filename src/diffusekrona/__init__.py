@@ -4,8 +4,8 @@ The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `fa
 `model.py`, in that order.
 """
 
+from .files.merge import merge_file
 from .hotswap import hotswap_krona
-from .interchange.folding import merge_file
 from .kron.products import kron_linear
 from .pipeline import inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
 from .report import KronAReport, krona_report

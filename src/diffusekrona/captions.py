@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DatasetError
-from .formats.files import write_whole
 from .images import image_paths
+from .storage import write_whole
 
 METADATA = "metadata.jsonl"
 """The table of a folder in the Hugging Face imagefolder layout: one JSON object per line."""

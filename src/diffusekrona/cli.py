@@ -27,13 +27,13 @@ from .errors import KronAError
 from .evaluation import Encoders, evaluate_folders, find_images
 from .evaluation.encoders import CLIP, DINO
 from .evaluation.result import check_outputs
+from .files.convert import Conversion, Target
+from .files.convert import convert as convert_file
+from .files.extract import extract as extract_adapter
+from .files.inspect import METHODS, inspect_file
+from .files.merge_base import merge_into_files
+from .files.write import Format
 from .generation import generate_images
-from .interchange.conversion import Conversion, Target
-from .interchange.conversion import convert as convert_file
-from .interchange.exporting import Format
-from .interchange.finetune import extract as extract_adapter
-from .interchange.inspection import METHODS, inspect_file
-from .interchange.weights import merge_into_files
 from .options import factor_pattern, with_settings
 from .pipeline import inject_krona, load_krona, merge_krona
 from .progress import class_images_progress, errors, progress, training_progress

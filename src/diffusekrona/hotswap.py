@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, MergeError
-from .formats import krona as krona_format
-from .formats.hub import resolve
-from .formats.krona import SavedAdapter
-from .interchange.fit import check_fit
-from .interchange.saved import by_component
+from .files.fit import check_fit
+from .files.formats import krona as krona_format
+from .files.formats.krona import SavedAdapter
+from .files.saved import by_component
+from .storage import resolve
 from .tuner.components import adaptable_components, adapter_names, named_adapter
 from .tuner.injected import adapter_tensors, krona_layers
 from .tuner.layer import KronALayer

@@ -18,13 +18,12 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
-from .formats import krona as krona_format
-from .formats.files import write_whole
-from .formats.hub import resolve
-from .formats.krona import SavedAdapter
-from .interchange.exporting import Format, check_format, lokr_bytes
-from .interchange.fit import check_fit
-from .interchange.importing import read_adapters
+from .files.fit import check_fit
+from .files.formats import krona as krona_format
+from .files.formats.krona import SavedAdapter
+from .files.importing import read_adapters
+from .files.write import Format, check_format, lokr_bytes
+from .storage import resolve, write_whole
 from .tuner.components import (
     adaptable_components,
     adapter_names,

@@ -97,7 +97,7 @@ def test_half_precision_base(method, tmp_path):
 def test_what_does_not_fit_leaves_the_pipeline_alone(method, tmp_path):
     from safetensors.torch import load_file
 
-    from diffusekrona.formats.files import read_safetensors, safetensors_bytes
+    from diffusekrona.storage import read_safetensors, safetensors_bytes
 
     pipe = tiny_sd_pipeline()
     shake(method.prepare(pipe))

@@ -12,8 +12,8 @@ from torch import nn
 
 from diffusekrona import load_krona
 from diffusekrona.architectures import build_pipeline
-from diffusekrona.formats.files import read_safetensors
 from diffusekrona.methods import CustomDiffusion, FullDreamBooth, KronA, LoHa, LoKr, LoRA, MethodError, SVDiff
+from diffusekrona.storage import read_safetensors
 from tests.methods.cases import SDXL, name_of, picture, shake
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 

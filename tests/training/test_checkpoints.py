@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusekrona.formats import files
+from diffusekrona import storage as files
 from diffusekrona.training import CheckpointError, Checkpoints, read_checkpoint
 
 VALUES = {"step": 3, "config": {"learning_rate": 1e-4, "snr_gamma": None}, "images": ["a"]}

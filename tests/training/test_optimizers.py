@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusekrona.formats.files import read_safetensors, safetensors_bytes
+from diffusekrona.storage import read_safetensors, safetensors_bytes
 from diffusekrona.training import TrainingConfig, TrainingConfigError
 from diffusekrona.training.config import Optimizer
 from diffusekrona.training.optimizers import optimizer_of, optimizer_state, restore_optimizer

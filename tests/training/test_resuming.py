@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from diffusekrona.formats import files
+from diffusekrona import storage as files
 from diffusekrona.training import CheckpointError, TrainingConfig, TrainingInterrupted
 from tests.training.processes import started
 from tests.training.runs import PIPELINES, SMALL, adapted, copies, examples, need, same, train, trained

@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..formats.files import write_whole
+from ..storage import write_whole
 from .errors import EvaluationError
 from .metrics import Score
 

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..formats.files import read_names
+from ..storage import read_names
 from .custom_diffusion import CustomDiffusion
 from .dreambooth import FullDreamBooth
 from .krona import KronA

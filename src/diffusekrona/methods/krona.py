@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import ConfigError
-from ..formats.krona import header_of
+from ..files.formats.krona import header_of
 from ..pipeline import inject_krona, unload_krona
 from ..tuner.config import ATTENTION, Init, KronAConfig
 from ..tuner.injected import adapter_tensors

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError, KronAError
-from ..formats.files import read_safetensors, safetensors_bytes, write_whole
+from ..storage import read_safetensors, safetensors_bytes, write_whole
 from ..tuner.components import adaptable_components, all_modules, is_denoiser, remember, restore
 
 HEADER = "diffusekrona_method"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import KronAError
-from ..formats.files import write_whole
+from ..storage import write_whole
 from ..training.pictures import figure_png
 from .records import Records
 from .results import Results

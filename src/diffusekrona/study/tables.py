@@ -16,8 +16,8 @@ from torch import nn
 
 from ..architectures import build_pipeline
 from ..errors import KronAError
-from ..formats.files import write_whole
 from ..methods import CustomDiffusion, FullDreamBooth, KronA, LoHa, LoKr, LoRA, Method, SVDiff
+from ..storage import write_whole
 from ..tuner.config import KronAConfig
 from ..tuner.targets import target_layers
 

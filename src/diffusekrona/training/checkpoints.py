@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from ..formats.files import digest, read_safetensors, safetensors_bytes, write_whole
+from ..storage import digest, read_safetensors, safetensors_bytes, write_whole
 from .errors import CheckpointError
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError
-from ..formats.files import digest, read_safetensors, safetensors_bytes, write_whole
+from ..storage import digest, read_safetensors, safetensors_bytes, write_whole
 
 Keep = Literal["memory", "disk", "none"]
 Key = TypeVar("Key")

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..architectures import default_dtype
 from ..base import BaseModelError, base_configs
-from ..interchange.weights import folder_components
+from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
 from .batches import text_encoders
 from .config import TrainingConfig

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..formats.files import write_whole
 from ..generation import generate_images
 from ..images import is_image
+from ..storage import write_whole
 from .pictures import image_png
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ..base import load_base
 from ..errors import KronAError
-from ..formats.files import write_whole
 from ..pipeline import save_krona
 from ..report import KronAReport, krona_report
+from ..storage import write_whole
 from .checkpoints import Checkpoints
 from .data import ImagePlan, TrainingImage, load_dataset, load_folder
 from .dreambooth import image_reduction, train_dreambooth, training_resolution

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..formats.files import write_whole
 from ..generation import generate_images
+from ..storage import write_whole
 from .drawing import ready_to_draw
 from .pictures import figure_png, image_png
 

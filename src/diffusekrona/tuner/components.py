@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import AdapterNameError, KronAError
-from ..formats.krona import DENOISERS, TEXT_ENCODERS
+from ..files.formats.krona import DENOISERS, TEXT_ENCODERS
 from .config import KronAConfig
 
 _DIFFUSERS_FLAG = "_hf_peft_config_loaded"

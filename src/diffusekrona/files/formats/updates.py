@@ -1,0 +1,179 @@
+"""What an adapter file says about one layer: the base of all kinds of update, and the checks that they share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterFileError
+from .scales import Scales
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Update(ABC):
+    """The update ΔW of one layer's weight W, as another program's file holds it.
+
+    Attributes:
+        kind: the method: "lokr", "lora", "loha", "full" or "reference".
+        where: the file and the layer, for errors.
+        parameters: how many numbers the file holds for it, alpha not counted.
+        dora_scale: DoRA's magnitudes m, one per output (d × 1 …) or one per input (1 × h …); None without DoRA.
+    """
+
+    kind: ClassVar[str]
+    where: str = field(default="The update", repr=False)
+    parameters: int = 0
+    dora_scale: Tensor | None = None
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """ΔW in fp32 and before DoRA: d × h, or for a convolution d × h × kernel, which may be flat, d × (h·kernel)."""
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W' − W in fp32 and in W's shape: ΔW itself, or with DoRA m · (W + ΔW) / ‖W + ΔW‖ − W.
+
+        The norms are those of the rows of W + ΔW where m has one entry per output, else those of its columns
+        (LyCORIS' `weight_decompose`; PEFT's DoRA knows the rows only).
+
+        Raises:
+            AdapterFileError: the update was made for a weight of another shape.
+        """
+        delta = self.delta().to(weight.device)
+        if not _fits(delta.shape, weight.shape):
+            raise AdapterFileError(
+                f"{self.where} was made for a weight of {_by(delta.shape)}, but the one here is {_by(weight.shape)}; "
+                "the file is for another model."
+            )
+        delta = delta.reshape(weight.shape)
+        if self.dora_scale is None:
+            return delta
+        original = weight.detach().float()
+        return _decomposed(original + delta, self.dora_scale.to(weight.device), self.where) - original
+
+
+class Common(TypedDict):
+    """What every kind of update has."""
+
+    where: str
+    parameters: int
+    dora_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors that a file holds for one layer, by part, such as "w1" or "alpha".
+
+    Attributes:
+        where: the file and the layer, for errors.
+        name: the layer, as the file writes it.
+        parts: part → tensor.
+        scales: what the file's header says about the layers' scales.
+    """
+
+    where: str
+    name: str
+    parts: Mapping[str, Tensor]
+    scales: Scales
+
+    def common(self) -> Common:
+        """The fields that every kind of update has.
+
+        Raises:
+            AdapterFileError: a tensor is not of floating-point numbers, or holds an infinity or a NaN.
+        """
+        for part, tensor in self.parts.items():
+            if not tensor.is_floating_point() and part != "alpha":
+                raise self.error(f"holds {part} as {tensor.dtype}, where floating-point numbers are expected")
+            if not bool(torch.isfinite(tensor.float()).all()):
+                raise self.error(f"holds an infinity or a NaN in {part}: its training failed, or the file is damaged")
+        parameters = sum(tensor.numel() for part, tensor in self.parts.items() if part != "alpha")
+        return {"where": self.where, "parameters": parameters, "dora_scale": self._dora_scale()}
+
+    def matrix(self, part: str, dims: tuple[int, ...] = (2,)) -> Tensor:
+        """A part that must be there, in fp32, with one of so many dimensions, none of them empty."""
+        tensor = self.parts.get(part)
+        if tensor is None:
+            raise self.error(f"lacks {part}: it has only {', '.join(sorted(self.parts))}")
+        if tensor.dim() not in dims or not tensor.numel():
+            wanted = " or ".join(map(str, dims))
+            raise self.error(f"holds {part} of shape {_by(tensor.shape)}, where {wanted} dimensions are expected")
+        return tensor.float().contiguous()
+
+    def scale(self, rank: int | None) -> float:
+        """The factor of the update: alpha / rank; 1 without an alpha.
+
+        alpha is the layer's own tensor, or PEFT's config in the header decides. In a tensor, 0 stands for the rank,
+        as where kohya's scripts and LyCORIS read it.
+
+        Args:
+            rank: the rank of the layer's decomposed factors. None for whole ones, where only PEFT applies an alpha
+                (LyCORIS' and ComfyUI's rule).
+        """
+        alpha = self.parts.get("alpha")
+        if alpha is None:
+            return self.scales.of(self.name, rank)
+        if alpha.numel() != 1:
+            raise self.error(f"holds an alpha of shape {_by(alpha.shape)}, where one number is expected")
+        return float(alpha) / rank if rank and float(alpha) else 1.0
+
+    def error(self, text: str) -> AdapterFileError:
+        """An error about this layer: the text follows the file's and the layer's name."""
+        return AdapterFileError(f"{self.where} {text}.")
+
+    def check(self, fits: bool, *parts: str) -> None:
+        """Raise an error that names the shapes of the parts, unless they fit each other."""
+        if not fits:
+            shapes = ", ".join(f"{part} of {_by(self.parts[part].shape)}" for part in parts if part in self.parts)
+            raise self.error(f"holds {shapes}, which do not fit each other; the file is damaged")
+
+    def _dora_scale(self) -> Tensor | None:
+        if "magnitude" in self.parts:
+            # PEFT's has one entry per output, as a vector or, for a convolution, as 1 × d × 1 × 1.
+            magnitude = self.parts["magnitude"].float()
+            return magnitude.unsqueeze(-1) if magnitude.dim() == 1 else magnitude.transpose(0, 1)
+        scale = self.parts.get("dora_scale")
+        return None if scale is None else scale.float()
+
+
+def _fits(delta: torch.Size, weight: torch.Size) -> bool:
+    if len(delta) == 2 and len(weight) > 2:
+        return delta[0] == weight[0] and delta.numel() == weight.numel()
+    return delta.numel() == weight.numel() and delta[:2] == weight[:2]
+
+
+def _decomposed(direction: Tensor, magnitude: Tensor, where: str) -> Tensor:
+    """m · V / ‖V‖ with the norms of V's rows or columns, whichever m counts."""
+    d, h = direction.shape[:2]
+    per_output = magnitude.shape[:1] == (d,) and magnitude.numel() == d
+    if not per_output and not (magnitude.shape[1:2] == (h,) and magnitude.numel() == h):
+        raise AdapterFileError(
+            f"{where} holds DoRA magnitudes of {_by(magnitude.shape)}, which fit neither the {d} outputs nor the {h} "
+            f"inputs of the weight of {_by(direction.shape)}; the file is for another model."
+        )
+    kept = 0 if per_output else 1
+    norm: Tensor = torch.linalg.vector_norm(
+        direction, dim=[i for i in range(direction.dim()) if i != kept], keepdim=True
+    )
+    # A row of zeros stays one.
+    return direction * (magnitude.reshape(norm.shape) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+
+
+def _by(shape: torch.Size) -> str:
+    return " × ".join(map(str, shape)) or "a single number"
+
+
+def tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Σ core[i, j, …] · left[i, p] · right[j, r]: p × r × kernel, of a core of i × j × kernel."""
+    # torch.kron cannot take every layout that einsum gives.
+    return torch.einsum("ij...,ip,jr->pr...", core, left, right).contiguous()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """All dimensions after the first as one."""
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))

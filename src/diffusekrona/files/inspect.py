@@ -1,0 +1,214 @@
+"""What an adapter file of any program is: its layers, their shapes, ranks and norms, its header, what it can become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from ..storage import read_names
+from .formats import foreign
+from .formats import krona as krona_format
+from .formats.krona import SavedAdapter
+from .formats.loha import LoHa
+from .formats.lokr import LoKr
+from .formats.lora import LoRA
+from .formats.reference import Reference
+from .formats.updates import Update, flat
+from .saved import KronaUpdate
+from .write import check_sayable
+
+METHODS = {
+    "krona": "KronA",
+    "lokr": "LoKr",
+    "lora": "LoRA",
+    "loha": "LoHa",
+    "full": "whole updates",
+    "reference": "DiffuseKronA, by the paper's authors",
+    "mixed": "several methods",
+}
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One layer of an adapter file.
+
+    Attributes:
+        name: as the file writes it.
+        kind: the method.
+        size: d × h of its update, a convolution's with the kernel in h.
+        shapes: of what the file holds, such as "4 × 64 ⊗ 320 × 20".
+        parameters: how many numbers that is.
+        rank: that the update has, or at most has where it is a sum or an elementwise product.
+        norm: ‖ΔW‖, the Frobenius norm, at the scale in the file; before DoRA.
+    """
+
+    name: str
+    kind: str
+    size: tuple[int, int]
+    shapes: str
+    parameters: int
+    rank: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter file.
+
+    Attributes:
+        kind: its method, or "mixed".
+        layers: in the file's order.
+        metadata: its header.
+        becomes: what it can be converted to, and how.
+    """
+
+    kind: str
+    layers: list[LayerInspection]
+    metadata: dict[str, str]
+    becomes: list[str]
+
+    @property
+    def parameters(self) -> int:
+        """In all."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def norm(self) -> float:
+        """Of all updates together."""
+        return math.sqrt(math.fsum(layer.norm**2 for layer in self.layers))
+
+    def table(self, every_layer: bool = False) -> Table:
+        """The layers as a rich table, one row for each or for each kind of layer."""
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+        for header in (
+            "layer" if every_layer else "layers",
+            "method",
+            "d × h",
+            "factors",
+            "parameters",
+            "rank",
+            "norm",
+        ):
+            table.add_column(header, justify="right", no_wrap=not every_layer)
+        rows: dict[object, list[LayerInspection]] = {}
+        for layer in self.layers:
+            rows.setdefault(layer.name if every_layer else (layer.kind, layer.size, layer.shapes), []).append(layer)
+        for alike in rows.values():
+            layer = alike[0]
+            table.add_row(
+                escape(layer.name) if every_layer else str(len(alike)),
+                METHODS[layer.kind],
+                f"{layer.size[0]} × {layer.size[1]}",
+                layer.shapes,
+                f"{sum(one.parameters for one in alike):,}",
+                _range(f"{one.rank}" for one in sorted(alike, key=lambda one: one.rank)),
+                _range(f"{one.norm:.3g}" for one in sorted(alike, key=lambda one: one.norm)),
+            )
+        return table
+
+
+def inspect_file(path: Path) -> Inspection:
+    """What an adapter file or folder is; no model is needed.
+
+    Raises:
+        AdapterFileError: it cannot be read, or is no adapter that is known here.
+    """
+    files = krona_format.foreign_files(path)
+    if files:
+        updates = {
+            _join(part, key): update for part, file in files.items() for key, update in foreign.read(file).items()
+        }
+        metadata = {key: value for file in files.values() for key, value in read_names(file)[1].items()}
+        layers = [_layer(name, update) for name, update in updates.items()]
+        dora = any(update.dora_scale is not None for update in updates.values())
+        kinds = {layer.kind for layer in layers}
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        return Inspection(kind, layers, metadata, _MERGED if dora else _becomes(kind))
+    adapters = krona_format.read(path)
+    return Inspection("krona", _ours(adapters, path), {}, _ours_become(adapters))
+
+
+def _ours(adapters: Mapping[str, SavedAdapter], path: Path) -> list[LayerInspection]:
+    layers = []
+    for part, saved in adapters.items():
+        names = [key.removesuffix(".krona_A") for key in saved.tensors if key.endswith(".krona_A")]
+        layers += [_layer(_join(part, name), KronaUpdate.of(name, saved)) for name in names]
+    if not layers:
+        raise AdapterFileError(f"{path} holds no factors.")
+    return layers
+
+
+_MERGED = ["merged weights, exactly (diffusekrona merge)"]
+_NEAREST = ["KronA, LoKr: the nearest Kronecker products (diffusekrona convert --factors or --budget)"]
+_EXACT = ["KronA, LoKr: exactly (diffusekrona convert)"]
+
+
+def _becomes(kind: str) -> list[str]:
+    """What a file of another program can be converted to, unless it has DoRA's magnitudes."""
+    if kind == "lokr":
+        return _EXACT + _MERGED
+    return (["KronA: exactly"] if kind == "reference" else []) + _NEAREST + _MERGED
+
+
+def _ours_become(adapters: Mapping[str, SavedAdapter]) -> list[str]:
+    if any(saved.config.modules_to_save for saved in adapters.values()):
+        return ["KronA: exactly"]
+    try:
+        for saved in adapters.values():
+            check_sayable(saved)
+    except AdapterFileError:
+        return ["KronA: exactly", *_NEAREST, *_MERGED]
+    return _EXACT + _MERGED
+
+
+def _layer(name: str, update: Update) -> LayerInspection:
+    size, shapes, rank, norm = _described(update)
+    return LayerInspection(name, update.kind, size, shapes, update.parameters, rank, norm)
+
+
+def _described(update: Update) -> tuple[tuple[int, int], str, int, float]:
+    """Size, shapes, rank and norm, without building ΔW where the factors tell them."""
+    if isinstance(update, (LoKr, Reference)):
+        A, B, scale = update.factors()
+        return _of_terms([(A, flat(B))], scale)
+    if isinstance(update, KronaUpdate):
+        return _of_terms(update.terms, update.scale)
+    if isinstance(update, LoRA) and update.mid is None:
+        up, down = flat(update.up.double()), flat(update.down.double())
+        square = abs(float((up.T @ up * (down @ down.T)).sum()))
+        return (len(up), down.shape[1]), f"rank {up.shape[1]}", _rank(up @ down), abs(update.scale) * math.sqrt(square)
+    delta = flat(update.delta().double())
+    shapes = f"rank {update.w1_b.shape[0]} ∘ {update.w2_b.shape[0]}" if isinstance(update, LoHa) else "whole"
+    return (delta.shape[0], delta.shape[1]), shapes, _rank(delta), float(delta.norm())
+
+
+def _of_terms(terms: list[tuple[Tensor, Tensor]], scale: float) -> tuple[tuple[int, int], str, int, float]:
+    (a1, a2), (b1, b2) = terms[0][0].shape, terms[0][1].shape
+    A, B = (torch.stack([pair[i].double().flatten() for pair in terms]) for i in (0, 1))
+    # ⟨A ⊗ B, C ⊗ D⟩ = ⟨A, C⟩·⟨B, D⟩
+    square = abs(float((A @ A.T * (B @ B.T)).sum()))
+    rank = min(sum(_rank(a) * _rank(b) for a, b in terms), a1 * b1, a2 * b2)
+    count = f"{len(terms)} terms " if len(terms) > 1 else ""
+    return (a1 * b1, a2 * b2), f"{count}{a1} × {a2} ⊗ {b1} × {b2}", rank, abs(scale) * math.sqrt(square)
+
+
+def _rank(matrix: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(matrix.float()))
+
+
+def _range(values: Iterable[str]) -> str:
+    first, *rest = dict.fromkeys(values)
+    return f"{first}–{rest[-1]}" if rest else first
+
+
+def _join(part: str, key: str) -> str:
+    return f"{part}.{key}" if part else key

@@ -1,0 +1,119 @@
+"""KronA adapters as other programs' files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from ..errors import AdapterFileError
+from ..storage import data_hash, safetensors_bytes
+from ..tuner.targets import layer_alpha, layer_shapes, target_layers
+from .formats import lokr
+from .formats.krona import SavedAdapter
+from .naming import diffusers_name, kohya_name
+
+Format = Literal["krona", "lokr", "lokr-diffusers"]
+"""Ours; LoKr with the names of kohya's scripts, LyCORIS and ComfyUI; LoKr with the names of Diffusers."""
+
+_ARCHITECTURES = {
+    ("UNet2DConditionModel", 2048): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    ("UNet2DConditionModel", 1024): ("stable-diffusion-v2-768-v", "sd_v2"),
+    ("UNet2DConditionModel", 768): ("stable-diffusion-v1", "sd_v1"),
+    ("FluxTransformer2DModel", None): ("flux-1-dev", "flux1"),
+    ("SD3Transformer2DModel", None): ("stable-diffusion-3", "sd3"),
+}
+"""Denoiser and width of its text → what modelspec and kohya's scripts call the architecture."""
+
+
+def check_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        AdapterFileError: there is none.
+    """
+    for known in get_args(Format):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise AdapterFileError(f"There is no format {name!r}; there are: {', '.join(get_args(Format))}.")
+
+
+def lokr_bytes(
+    adapters: Mapping[str, SavedAdapter],
+    components: Mapping[str, nn.Module],
+    naming: Format,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """A LoKr file of these adapters, which any program that multiplies w1 ⊗ w2 reads as exactly their updates.
+
+    Args:
+        adapters: by component.
+        components: the model's, which say how other programs name the layers.
+        naming: "lokr" or "lokr-diffusers".
+        metadata: more header entries, such as `ss_steps`; they win over those that are known here.
+
+    Raises:
+        AdapterFileError: LoKr cannot say what an adapter is: several terms, the transposed layout, whole modules.
+    """
+    named = diffusers_name if naming == "lokr-diffusers" else kohya_name
+    layers = {}
+    for part, saved in adapters.items():
+        check_sayable(saved)
+        for name in target_layers(components[part], saved.config):
+            layers[named(part, name, components)] = _factors(components[part], name, saved)
+    tensors = lokr.tensors(layers)
+    header = {**_header(adapters, components, tensors), **(metadata or {})}
+    return safetensors_bytes(tensors, header)
+
+
+def check_sayable(saved: SavedAdapter) -> None:
+    """Raise `AdapterFileError` if LoKr cannot say what an adapter is."""
+    config = saved.config
+    problem = (
+        f"it sums {config.num_terms} products per layer and LoKr holds one: compress it to one term first"
+        if config.num_terms > 1
+        else "its outputs are in the layout of the paper authors' code, which LoKr cannot say: merge it instead"
+        if config.layout != "kron"
+        else f"it holds whole modules ({', '.join(config.modules_to_save)}) beside its factors"
+        if config.modules_to_save
+        else ""
+    )
+    if problem:
+        raise AdapterFileError(f"This adapter cannot be written as LoKr: {problem}.")
+
+
+def _factors(component: nn.Module, name: str, saved: SavedAdapter) -> lokr.Factors:
+    shapes = layer_shapes(saved.config, name, component.get_submodule(name))
+    kernel = (shapes.factors.b2, *shapes.kernel)
+    factors = {key: saved.tensors[f"{name}.krona_{key}"] for key in shapes.tensors}
+    last = factors["B" if "B" in factors else "B2"].reshape(-1, *kernel)
+    return factors["A"], last if "B" in factors else (factors["B1"], last), layer_alpha(saved.config, name)
+
+
+def _header(
+    adapters: Mapping[str, SavedAdapter], components: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """What kohya's scripts (`ss_…`) and Stability AI's modelspec write about an adapter, as far as it is known."""
+    config = next(iter(adapters.values())).config
+    arguments = {"algo": "lokr", "full_matrix": str(config.b_rank is None), "a1": str(config.a1), "a2": str(config.a2)}
+    header = {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(config.b_rank or "Dynamic"),
+        "ss_network_alpha": str(config.b_rank or 1),
+        "ss_network_args": json.dumps(arguments, sort_keys=True),
+        "sshs_model_hash": data_hash(tensors),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.prediction_type": "epsilon",
+    }
+    denoiser: Any = next(iter(components.values()))
+    of = getattr(denoiser, "config", None)
+    known = _ARCHITECTURES.get((type(denoiser).__name__, getattr(of, "cross_attention_dim", None)))
+    if known is not None:
+        header["modelspec.architecture"], header["ss_base_model_version"] = f"{known[0]}/lora", known[1]
+    base = getattr(of, "_name_or_path", None) or config.base_model_name_or_path
+    if base:
+        header["ss_sd_model_name"] = str(base)
+    return header
