@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import FactorShapeError
 from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
 from ..kron.fused import can_fuse, linear_with_kron
-from ..kron.products import dense_update, kron_linear, sum_of
+from ..kron.products import dense_update, kron_conv2d, kron_linear, sum_of
 from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
 from .config import Init
 from .merged import MergedWeight
@@ -415,3 +416,24 @@ def init_factor_(factor: Tensor, init: Init, shapes: FactorShapes) -> None:
         rows, columns = factor.shape[-2:]
         bound = math.sqrt(6 / (columns if init == "kaiming_uniform" else rows + columns))
         factor.uniform_(-bound, bound)
+
+
+class KronAConv2d(KronALayer):
+    """A convolution with any number of Kronecker adapters: y = base(x) + Σ s · conv2d(x, A ⊗ B).
+
+    A is a1 × a2 and B is b1 × (b2·kernel height·kernel width), with a1·b1 output and a2·b2 input channels.
+
+    Args:
+        base_layer: an `nn.Conv2d` in one group, of any kernel, stride, padding and dilation.
+
+    Raises:
+        FactorShapeError: the convolution has several groups.
+    """
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        base: Any = self.get_base_layer()
+        B = B.view(B.shape[0], -1, *self.kernel)
+        if base.padding_mode == "zeros":
+            return kron_conv2d(x, A, B, base.stride, base.padding, base.dilation)
+        padded = functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        return kron_conv2d(padded, A, B, base.stride, 0, base.dilation)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNameError, KronAError
 from .config import KronAConfig, KronAPeftType
-from .conv import KronAConv2d
 from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
-from .layer import KronALayer, KronALinear
+from .layer import KronAConv2d, KronALayer, KronALinear
 from .targets import layer_alpha, layer_factors, settle_targets
 from .weighted import Combination, weighted_sum
 

@@ -11,7 +11,7 @@ from diffusekrona import KronAConfig, inject_krona, krona_report, load_krona, me
 from diffusekrona.errors import FactorShapeError
 from diffusekrona.kron.products import kron_conv2d
 from diffusekrona.kron.shapes import FactorShapes, cheapest_conv_order
-from diffusekrona.tuner.conv import KronAConv2d
+from diffusekrona.tuner.layer import KronAConv2d
 from tests.tensors import LargestTensor
 
 sides = st.sampled_from([1, 2, 3, 5])
