@@ -15,8 +15,7 @@ from ..kron.exact import arithmetic_dtype
 from ..tuner.components import mark_adapted
 from ..tuner.config import ATTENTION, KronAConfig
 from ..tuner.layer import layer_size
-from ..tuner.presets import resolved
-from ..tuner.targets import target_layers
+from ..tuner.targets import resolved, target_layers
 from .method import Method, MethodError, check_scale, check_whole
 
 _ADAPTER = "default"
