@@ -5,9 +5,8 @@ The method is DiffuseKronA's (arXiv 2402.17412); the files to read first are `fa
 """
 
 from .files.merge import merge_file
-from .hotswap import hotswap_krona
 from .kron.products import kron_linear
-from .pipeline import inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
+from .pipeline import hotswap_krona, inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
 from .report import KronAReport, krona_report
 from .tuner import mixed as mixed  # which enters KronA in PEFT's mixed models
 from .tuner.config import KronAConfig

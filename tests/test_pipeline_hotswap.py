@@ -11,7 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 from diffusekrona import inject_krona, save_krona
 from diffusekrona.errors import AdapterFileError, AdapterNameError, MergeError
-from diffusekrona.hotswap import hotswap_krona
+from diffusekrona.pipeline import hotswap_krona
 from diffusekrona.tuner.injected import krona_layers
 from tests.kinds import DECODER, MLP, UNET, Kind, delta, factors, forms, kinds, lora, output, quiet, same_factors
 from tests.snapshots import assert_same, snapshot, unchanged
