@@ -18,11 +18,9 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
-from .files.fit import check_fit
 from .files.formats import krona as krona_format
 from .files.formats.krona import SavedAdapter
-from .files.importing import read_adapters
-from .files.saved import by_component
+from .files.read import by_component, check_fit, read_adapters
 from .files.write import Format, check_format, lokr_bytes
 from .storage import resolve, write_whole
 from .tuner.components import (

@@ -19,9 +19,8 @@ from .formats.krona import SavedAdapter
 from .formats.lokr import LoKr
 from .formats.lora import LoRA
 from .formats.updates import Update, flat
-from .importing import LayerFactors, adapters_of, read_adapters
 from .merge_base import folder_components
-from .saved import KronaUpdate, Place, updates_in
+from .read import KronaUpdate, LayerFactors, Place, adapters_of, read_adapters, updates_in
 from .write import Format, check_format, lokr_bytes
 
 Progress = Callable[[int, int], None]

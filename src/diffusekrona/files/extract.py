@@ -20,7 +20,7 @@ from .convert import Conversion, Progress, Target, check_output, write_nearest
 from .formats.updates import Update
 from .merge_base import folder_components
 from .naming import foreign_names
-from .saved import Place
+from .read import Place
 from .write import Format
 
 

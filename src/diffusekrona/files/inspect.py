@@ -23,7 +23,7 @@ from .formats.lokr import LoKr
 from .formats.lora import LoRA
 from .formats.reference import Reference
 from .formats.updates import Update, flat
-from .saved import KronaUpdate
+from .read import KronaUpdate
 from .write import check_sayable
 
 METHODS = {

@@ -16,7 +16,7 @@ from ..storage import resolve
 from ..tuner.components import adaptable_components
 from ..tuner.injected import krona_layers
 from ..tuner.merged import check_in_memory
-from .saved import Place, updates_in
+from .read import Place, updates_in
 
 
 def merge_file(

@@ -26,7 +26,7 @@ from ..storage import read_names
 from .formats.krona import DENOISERS, TEXT_ENCODERS
 from .merge import merged
 from .naming import foreign_names, layer_names, original_unet_name
-from .saved import Place, updates_in
+from .read import Place, updates_in
 
 _ADAPTABLE = (*DENOISERS, *TEXT_ENCODERS)
 _UNET, _CLIP_L, _CLIP_G, _SD_CLIP = (

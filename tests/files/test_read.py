@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffusekrona import KronAConfig
 from diffusekrona.errors import AdapterFileError
-from diffusekrona.files.fit import check_fit
 from diffusekrona.files.formats.krona import SavedAdapter
+from diffusekrona.files.read import check_fit
 from tests.modules import network
 from tests.snapshots import unchanged
 
