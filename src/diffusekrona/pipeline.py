@@ -382,7 +382,7 @@ def _check_equal(component: nn.Module, name: str, saved: SavedAdapter) -> None:
     problems = []
     if differing:
         problems.append(f"{len(differing)} tensor(s) such as {min(differing)} differ in shape or are in one only")
-    for key, layer in _layers(component, name):
+    for key, layer in _swappable(component, name):
         if name in layer.merged_adapters:
             raise MergeError(f"The adapter {name!r} is merged into {key}; unmerge it before it is swapped.")
         if layer.layout[name] != saved.config.layout:
@@ -399,7 +399,7 @@ def _check_equal(component: nn.Module, name: str, saved: SavedAdapter) -> None:
 @torch.no_grad()
 def _swap(component: nn.Module, name: str, saved: SavedAdapter) -> None:
     tensors = dict(saved.tensors)
-    for key, layer in _layers(component, name):
+    for key, layer in _swappable(component, name):
         alpha, new = layer.alpha[name], layer_alpha(saved.config, key)
         if new != alpha:
             A: Tensor = tensors[f"{key}.krona_A"]
@@ -408,7 +408,7 @@ def _swap(component: nn.Module, name: str, saved: SavedAdapter) -> None:
         tensor.copy_(tensors[key])
 
 
-def _layers(component: nn.Module, name: str) -> Iterator[tuple[str, KronALayer]]:
+def _swappable(component: nn.Module, name: str) -> Iterator[tuple[str, KronALayer]]:
     """The adapter's layers, by the names that they are saved under."""
     for key, layer in krona_layers(component).items():
         if name in layer.krona_A:
