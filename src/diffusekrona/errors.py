@@ -1,5 +1,9 @@
 """The errors that a caller may want to catch. Each is a `ValueError` whose text says what was found and what to do."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class KronAError(ValueError):
     """Base of every error that diffusekrona raises on purpose."""
@@ -27,3 +31,35 @@ class MergeError(KronAError):
 
 class DatasetError(KronAError):
     """Images, or the captions beside them, are missing, unreadable or unusable."""
+
+
+class TrainingConfigError(KronAError):
+    """A `TrainingConfig` field holds a value that no run could use, or that this machine or base cannot."""
+
+
+class UnsupportedPipelineError(KronAError):
+    """The pipeline is not one that this trainer knows: Stable Diffusion 1.x, 2.x, SDXL or 3, text to image."""
+
+
+class TrainingDivergedError(KronAError):
+    """The loss or a trained weight stopped being a finite number."""
+
+
+class CheckpointError(KronAError):
+    """A run's checkpoint cannot be written or read, or belongs to another run."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The user stopped the run after a step; what it had learnt is in the pipeline.
+
+    Attributes:
+        checkpoint: the file that the run can go on from, or None.
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None) -> None:
+        super().__init__(f"Stopped after step {step}.")
+        self.step, self.checkpoint = step, checkpoint
+
+
+class EvaluationError(KronAError):
+    """An encoder cannot be had or does not fit, or the images to compare do not go together."""

@@ -1,7 +1,7 @@
 """Scores of generated images: CLIP-I, CLIP-T and DINO as the paper defines them, and drift."""
 
+from ..errors import EvaluationError
 from .encoders import Encoders
-from .errors import EvaluationError
 from .evaluate import evaluate_folders, evaluate_subject, measure_drift
 from .folders import ImageFolders, find_images
 from .metrics import Score

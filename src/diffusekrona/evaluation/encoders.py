@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 CLIP = "openai/clip-vit-base-patch32"
 """The paper's encoder for CLIP-I and CLIP-T: ViT-B/32 (Appendix C)."""

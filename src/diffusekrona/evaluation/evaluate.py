@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..errors import EvaluationError
 from ..images import read_image, upright_rgb
 from . import metrics
 from .encoders import ClipEncoder, DinoEncoder, Encoders
-from .errors import EvaluationError
 from .folders import ImageFolders
 from .metrics import Score
 from .result import Evaluation, SubjectScores

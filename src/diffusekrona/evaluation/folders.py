@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..captions import read_prompts
-from ..errors import DatasetError
+from ..errors import DatasetError, EvaluationError
 from ..images import image_paths, is_image
-from .errors import EvaluationError
 
 
 @dataclass(frozen=True)

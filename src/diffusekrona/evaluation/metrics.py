@@ -12,7 +12,7 @@ from statistics import fmean, pstdev
 
 from torch import Tensor
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import EvaluationError
 from ..storage import write_whole
-from .errors import EvaluationError
 from .metrics import Score
 
 SCORES = ("clip_i", "clip_t", "dino")

@@ -1,10 +1,6 @@
 """DreamBooth training: `train_dreambooth` for a Kronecker adapter, `fit` for any parameters of a pipeline."""
 
-from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
-from .config import TrainingConfig
-from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
-from .dreambooth import train_dreambooth, training_resolution
-from .errors import (
+from ..errors import (
     CheckpointError,
     DatasetError,
     TrainingConfigError,
@@ -12,6 +8,10 @@ from .errors import (
     TrainingInterrupted,
     UnsupportedPipelineError,
 )
+from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
+from .config import TrainingConfig
+from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
+from .dreambooth import train_dreambooth, training_resolution
 from .loop import TrainingResult, TrainingStep, fit
 
 __all__ = [

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, CheckpointError
 from ..storage import digest, read_safetensors, safetensors_bytes, write_whole
-from .errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 

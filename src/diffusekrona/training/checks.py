@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .errors import TrainingConfigError
+from ..errors import TrainingConfigError
 
 
 def check_whole(name: str, value: object, least: int) -> None:

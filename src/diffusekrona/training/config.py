@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..errors import TrainingConfigError
 from .checks import check_choice, check_flag, check_number, check_whole
 from .encoded import Keep
-from .errors import TrainingConfigError
 
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]

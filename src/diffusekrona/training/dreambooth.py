@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..errors import TrainingConfigError
 from ..pipeline import inject_krona, unload_krona
 from ..tuner.config import KronAConfig
 from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
-from .errors import TrainingConfigError
 from .families import family_of
 from .identity import base_identity
 from .loop import TrainingResult, TrainingStep, fit

@@ -45,7 +45,7 @@ class LatentPosteriors:
         folder: Path | None = None,
     ) -> None:
         self._vae, self._images, self._flip = vae, images, flip
-        marks = [_mark(image) for image in images]
+        marks = [_mark_of_image(image) for image in images]
         model = fingerprint([vae], str([vae.config.get(name) for name in _SCALES])) if keep == "disk" else ""
         self._posteriors = Encoded(
             self._posterior, keep, folder, lambda view: f"latents-{model}-{marks[view[0]]}-{int(view[1])}"
@@ -78,7 +78,7 @@ class LatentPosteriors:
         return {"mean": ((posterior.mean - shift) * scale)[0], "std": (posterior.std * scale)[0]}
 
 
-def _mark(image: Image.Image) -> str:
+def _mark_of_image(image: Image.Image) -> str:
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
 
 

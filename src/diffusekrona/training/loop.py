@@ -20,12 +20,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, TrainingConfigError, TrainingDivergedError, TrainingInterrupted
 from .batches import Batches, free_encoders, text_encoders
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .data import TrainingImage
 from .draws import seed_for
-from .errors import CheckpointError, TrainingConfigError, TrainingDivergedError, TrainingInterrupted
 from .families import family_of
 from .optimizers import optimizer_of, optimizer_state, restore_optimizer
 from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept, sharding_of

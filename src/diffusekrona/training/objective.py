@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from .errors import UnsupportedPipelineError
+from ..errors import UnsupportedPipelineError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import TrainingConfigError
 from .config import ENCODER_RATES, TrainingConfig
-from .errors import TrainingConfigError
 
 
 def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
-from .errors import TrainingConfigError
+from ..errors import TrainingConfigError
 from .zero import deepspeed_as_fsdp
 
 _POSSIBLE = (

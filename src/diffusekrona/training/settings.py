@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from ..errors import TrainingConfigError
 from ..tuner.config import ATTENTION, Init, KronAConfig
 from .checks import check_choice, check_flag
 from .config import TrainingConfig
 from .data import OnBadImage
-from .errors import TrainingConfigError
 from .trackers import ReportTo
 
 if sys.version_info >= (3, 11):

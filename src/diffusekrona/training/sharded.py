@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
-from .errors import TrainingConfigError, TrainingDivergedError, TrainingInterrupted
+from ..errors import TrainingConfigError, TrainingDivergedError, TrainingInterrupted
 
 _log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ class Texts:
         self._family, self._device, self._trained = family, device, trained
         model = fingerprint(encoders) if keep == "disk" and not trained else ""
         keep = "none" if trained else keep
-        self._kept = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{_mark(text)}")
+        self._kept = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{_mark_of_text(text)}")
         for encoder in encoders:
             encoder.to(device)
         self._kept.prepare(dict.fromkeys(prompts))
@@ -64,5 +64,5 @@ class Texts:
         return {name: tensor[0] for name, tensor in self._family.encode([prompt], self._device).items()}
 
 
-def _mark(text: str) -> str:
+def _mark_of_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from .errors import TrainingConfigError
+from ..errors import TrainingConfigError
 from .loop import TrainingStep
 
 ReportTo = Literal["tensorboard", "wandb"]

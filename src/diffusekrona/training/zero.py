@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate.utils.environment import parse_flag_from_env
 
-from .errors import TrainingConfigError
+from ..errors import TrainingConfigError
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPipelineError
+from ...errors import UnsupportedPipelineError
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 

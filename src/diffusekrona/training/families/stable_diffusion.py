@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPipelineError
+from ...errors import UnsupportedPipelineError
 
 
 class StableDiffusion:
