@@ -14,7 +14,7 @@ from diffusekrona.training import (
     load_folder,
     prepare_images,
 )
-from diffusekrona.training.buckets import nearest
+from diffusekrona.training.data import nearest
 
 PROMPT = "a sks toy"
 PLAN = ImagePlan(32)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusekrona.training.buckets import WIDEST, nearest, sizes_around
+from diffusekrona.training.data import WIDEST, nearest, sizes_around
 
 multiples = st.sampled_from([1, 2, 4, 8, 16, 64])
 
