@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from ..captions import read_caption
 from ..errors import DatasetError
 from ..images import NO_IMAGE, UnreadableImageError, image_paths, read_image, upright_rgb
-from .checks import check_choice, check_flag, check_whole
+from .config import check_choice, check_flag, check_whole
 from .draws import generator_for
 
 Size = tuple[int, int]

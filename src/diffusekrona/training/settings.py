@@ -16,8 +16,7 @@ import yaml
 
 from ..errors import TrainingConfigError
 from ..tuner.config import ATTENTION, Init, KronAConfig
-from .checks import check_choice, check_flag
-from .config import TrainingConfig
+from .config import TrainingConfig, check_choice, check_flag
 from .data import OnBadImage
 from .trackers import ReportTo
 
