@@ -12,10 +12,10 @@ from PIL import Image
 from ..errors import TrainingConfigError
 from ..pipeline import inject_krona, unload_krona
 from ..tuner.config import KronAConfig
+from .checkpoints import base_identity
 from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
 from .families import family_of
-from .identity import base_identity
 from .loop import TrainingResult, TrainingStep, fit
 from .runtime import seeded
 
