@@ -15,10 +15,9 @@ from ..tuner.components import forget
 from .config import TrainingConfig
 from .data import TrainingImage
 from .draws import Draw, Order, generator_for
+from .encoding import LatentPosteriors, Texts
 from .families import Family
-from .latents import LatentPosteriors
 from .objective import objective_of
-from .texts import Texts
 
 
 class Batches:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import TrainingConfigError
-from .encoded import Keep
+from .encoding import Keep
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from diffusekrona.training.latents import LatentPosteriors
+from diffusekrona.training.encoding import LatentPosteriors
 from tests.pipelines import tiny_sd_pipeline
 from tests.training.runs import pictures
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusekrona.training.encoded import Encoded, fingerprint
+from diffusekrona.training.encoding import Encoded, fingerprint
 
 KEEPS = pytest.mark.parametrize("keep", ["memory", "disk", "none"])
 KEYS = [1, 2, 3]

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from diffusekrona.training.batches import text_encoders
+from diffusekrona.training.encoding import Texts
 from diffusekrona.training.families import family_of
-from diffusekrona.training.texts import Texts
 from tests.pipelines import tiny_sd_pipeline
 from tests.training.runs import FAMILIES
 

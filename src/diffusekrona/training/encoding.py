@@ -1,0 +1,217 @@
+"""Tensors that frozen encoders make of images and prompts: computed once, or in every step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from ..errors import AdapterFileError
+from ..storage import digest, read_safetensors, safetensors_bytes, write_whole
+from .families import Family
+
+Keep = Literal["memory", "disk", "none"]
+Key = TypeVar("Key")
+
+
+class Encoded(Generic[Key]):
+    """What an encoder makes of each key.
+
+    Args:
+        encode: gives the tensors of a key.
+        keep: where they stay.
+        folder: of the files, for "disk".
+        name: of a key's file; it must tell all that the tensors depend on.
+    """
+
+    def __init__(
+        self, encode: Callable[[Key], Mapping[str, Tensor]], keep: Keep, folder: Path | None, name: Callable[[Key], str]
+    ) -> None:
+        self._encode, self._keep, self._folder, self._name = encode, keep, folder, name
+        self._in_memory: dict[Key, Mapping[str, Tensor]] = {}
+
+    def prepare(self, keys: Iterable[Key]) -> None:
+        """Encode what is to be kept and is not there yet."""
+        for key in keys:
+            if self._keep == "memory":
+                self._in_memory[key] = _on_cpu(self._encode(key))
+            elif self._keep == "disk" and not self._is_in_file(key):
+                tensors = _on_cpu(self._encode(key))
+                write_whole({self._file(key): safetensors_bytes(tensors, {"sha256": digest(tensors)})})
+
+    def __getitem__(self, key: Key) -> Mapping[str, Tensor]:
+        """The tensors of a key, on the CPU."""
+        if self._keep == "memory":
+            return self._in_memory[key]
+        return read_safetensors(self._file(key))[0] if self._keep == "disk" else _on_cpu(self._encode(key))
+
+    def _file(self, key: Key) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{self._name(key)}.safetensors"
+
+    def _is_in_file(self, key: Key) -> bool:
+        """Whether there is a whole file of a key; a damaged one counts as none."""
+        try:
+            tensors, metadata = read_safetensors(self._file(key))
+        except AdapterFileError:
+            return False
+        return metadata.get("sha256") == digest(tensors)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def fingerprint(modules: Iterable[nn.Module], settings: str = "") -> str:
+    """A hash of all weights of frozen modules and of settings, by which files made with others are told apart."""
+    weights = {f"{i}.{name}": t for i, module in enumerate(modules) for name, t in module.state_dict().items()}
+    return digest(weights, settings)
+
+
+View = tuple[int, bool]
+"""Which image, and whether it is mirrored."""
+
+_SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+class LatentPosteriors:
+    """Mean and standard deviation of each image's latents, scaled as the denoiser expects them.
+
+    With `flip`, each image is encoded mirrored as well, and every draw shows it either way with equal chance.
+
+    Args:
+        vae: an `AutoencoderKL`; a half-precision one is run in float32, because SDXL's overflows in float16.
+        images: RGB.
+        flip: whether draws may be mirrored.
+        device: where the autoencoder runs; it goes to the CPU afterwards unless it has to run in each step.
+        keep: where the posteriors stay.
+        folder: of their files, for "disk".
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        images: Sequence[Image.Image],
+        *,
+        flip: bool,
+        device: torch.device,
+        keep: Keep = "memory",
+        folder: Path | None = None,
+    ) -> None:
+        self._vae, self._images, self._flip = vae, images, flip
+        marks = [_mark_of_image(image) for image in images]
+        model = fingerprint([vae], str([vae.config.get(name) for name in _SCALES])) if keep == "disk" else ""
+        self._posteriors = Encoded(
+            self._posterior, keep, folder, lambda view: f"latents-{model}-{marks[view[0]]}-{int(view[1])}"
+        )
+        vae.to(device)
+        self._posteriors.prepare((index, mirrored) for index in range(len(images)) for mirrored in {False, flip})
+        if keep != "none":
+            vae.to("cpu")
+
+    def sample(self, index: int, generator: torch.Generator) -> Tensor:
+        """Draw z ~ N(mean, std²) for an image: (channels, height, width), float32, on the CPU."""
+        mirrored = self._flip and bool(torch.randint(2, (), generator=generator))
+        posterior = self._posteriors[index, mirrored]
+        mean, std = posterior["mean"], posterior["std"]
+        return mean + std * torch.randn(mean.shape, generator=generator)
+
+    @torch.no_grad()
+    def _posterior(self, view: View) -> dict[str, Tensor]:
+        """Scaled mean and standard deviation, each (channels, height, width), float32."""
+        image = self._images[view[0]]
+        image = ImageOps.mirror(image) if view[1] else image
+        before = self._vae.dtype
+        _cast(self._vae, torch.float32)
+        try:
+            posterior = self._vae.encode(_pixels(image).to(self._vae.device)).latent_dist
+        finally:
+            # Widening and narrowing again gives the same half-precision numbers back.
+            _cast(self._vae, before)
+        shift, scale = _normalisation(self._vae, posterior.mean)
+        return {"mean": ((posterior.mean - shift) * scale)[0], "std": (posterior.std * scale)[0]}
+
+
+def _mark_of_image(image: Image.Image) -> str:
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+def _cast(vae: nn.Module, dtype: torch.dtype) -> None:
+    # Diffusers' own `to` warns about every cast, also about those that do no harm.
+    nn.Module.to(vae, dtype=dtype)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(1, 3, height, width) in [-1, 1]."""
+    array = np.asarray(image, dtype=np.float32)
+    return (torch.from_numpy(array) / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
+
+
+def _normalisation(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What to subtract from latents and then multiply them by, broadcast over (batch, channels, h, w)."""
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    factor, shift = float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
+    if mean is None or std is None:
+        return torch.full_like(like, shift), torch.full_like(like, factor)
+    return like.new_tensor(mean).view(1, -1, 1, 1), factor / like.new_tensor(std).view(1, -1, 1, 1)
+
+
+class Texts:
+    """The encoded prompts of any choice of training images.
+
+    Args:
+        family: of the pipeline.
+        prompts: all that will be asked for.
+        encoders: the pipeline's text encoders.
+        trained: whether gradients have to reach them, which takes them in every step.
+        device: where they run; frozen ones go to the CPU afterwards unless they have to run in each step.
+        keep: where what frozen ones say stays.
+        folder: of its files, for "disk".
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        prompts: Iterable[str],
+        encoders: Sequence[nn.Module],
+        *,
+        trained: bool,
+        device: torch.device,
+        keep: Keep = "memory",
+        folder: Path | None = None,
+    ) -> None:
+        self._family, self._device, self._trained = family, device, trained
+        model = fingerprint(encoders) if keep == "disk" and not trained else ""
+        keep = "none" if trained else keep
+        self._kept = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{_mark_of_text(text)}")
+        for encoder in encoders:
+            encoder.to(device)
+        self._kept.prepare(dict.fromkeys(prompts))
+        if keep != "none":
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What `Family.encode` says of these prompts, in this order and in the denoiser's dtype."""
+        distinct = list(dict.fromkeys(prompts))
+        if self._trained:
+            tensors = self._family.encode(distinct, self._device)
+        else:
+            each = [self._kept[prompt] for prompt in distinct]
+            tensors = {name: torch.stack([one[name] for one in each]).to(self._device) for name in each[0]}
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return {name: tensor.to(self._family.dtype)[rows] for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in self._family.encode([prompt], self._device).items()}
+
+
+def _mark_of_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
