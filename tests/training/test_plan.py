@@ -9,8 +9,7 @@ from diffusekrona.base import BaseModelError
 from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of
-from diffusekrona.training.kept import Kept
-from diffusekrona.training.plan import Plan, plan
+from diffusekrona.training.plan import Kept, Plan, plan
 from diffusekrona.training.settings import Settings
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import examples

@@ -24,8 +24,8 @@ from ..training.data import ImagePlan, TrainingImage, load_folder
 from ..training.drawing import ready_to_draw
 from ..training.dreambooth import training_resolution
 from ..training.families import family_of
-from ..training.kept import Kept
 from ..training.loop import fit
+from ..training.plan import Kept
 from ..training.runtime import seeded
 from .cells import BASE, Cell, View
 from .records import Record

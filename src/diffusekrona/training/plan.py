@@ -1,9 +1,10 @@
-"""What a run would take, before anything is loaded: parameters, memory, steps per epoch."""
+"""How much a forward pass keeps for the backward pass."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,36 @@ from .batches import text_encoders
 from .config import TrainingConfig
 from .dreambooth import image_reduction, training_resolution
 from .families import family_of
-from .kept import Kept
 from .run import image_plan, training_images
 from .settings import Settings
+
+
+class Kept:
+    """What is kept for the backward pass: each memory once, and modules' own weights not."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._own = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+        self._seen: dict[int, Tensor] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor."""
+        if tensor.untyped_storage()._cdata not in self._own:
+            self._seen[tensor.untyped_storage()._cdata] = tensor  # which keeps the number from being given anew
+        return tensor
+
+    def forget(self) -> None:
+        """Let go of all that was counted."""
+        self._seen.clear()
+
+    @property
+    def bytes(self) -> int:
+        """In all."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """Count all that autograd keeps meanwhile."""
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """Bytes of an optimizer's state for each parameter."""
