@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..tuner.components import forget
 from .config import TrainingConfig
 from .data import TrainingImage
-from .draws import Draw, Order, generator_for
 from .encoding import LatentPosteriors, Texts
 from .families import Family
 from .objective import objective_of
+from .randomness import Draw, Order, generator_for
 
 
 class Batches:

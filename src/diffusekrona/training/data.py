@@ -17,7 +17,7 @@ from ..captions import read_caption
 from ..errors import DatasetError
 from ..images import NO_IMAGE, UnreadableImageError, image_paths, read_image, upright_rgb
 from .config import check_choice, check_flag, check_whole
-from .draws import generator_for
+from .randomness import generator_for
 
 Size = tuple[int, int]
 """Width and height in pixels."""

@@ -25,9 +25,9 @@ from .batches import Batches, free_encoders, text_encoders
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .data import TrainingImage
-from .draws import seed_for
 from .families import family_of
 from .optimizers import optimizer_of, optimizer_state, restore_optimizer
+from .randomness import seed_for
 from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept, sharding_of
 
 _log = logging.getLogger(__name__)

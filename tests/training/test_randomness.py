@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusekrona.training.draws import Order, generator_for, seed_for
+from diffusekrona.training.randomness import Order, generator_for, seed_for
 
 kinds_of_images = st.lists(st.sampled_from("abcd"), min_size=1, max_size=12)
 batch_sizes = st.integers(1, 20)
