@@ -17,9 +17,9 @@ from diffusekrona import load_krona
 from diffusekrona.base import load_base
 from diffusekrona.errors import KronAError
 from diffusekrona.training import CheckpointError, TrainingConfigError, TrainingStep
+from diffusekrona.training.reports import loss_curve
 from diffusekrona.training.run import class_images, image_plan, run
 from diffusekrona.training.settings import Settings, read_settings
-from diffusekrona.training.summary import loss_curve
 from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline
 

@@ -21,11 +21,11 @@ from ..generation import generate_images
 from ..methods import Method, method_from
 from ..training import TrainingDivergedError, TrainingStep
 from ..training.data import ImagePlan, TrainingImage, load_folder
-from ..training.drawing import ready_to_draw
 from ..training.dreambooth import training_resolution
 from ..training.families import family_of
 from ..training.loop import fit
 from ..training.plan import Kept
+from ..training.reports import ready_to_draw
 from ..training.runtime import seeded
 from .cells import BASE, Cell, View
 from .records import Record

@@ -22,11 +22,9 @@ from .data import ImagePlan, TrainingImage, load_dataset, load_folder
 from .dreambooth import image_reduction, train_dreambooth, training_resolution
 from .loop import TrainingResult, TrainingStep
 from .prior import draw_class_images
+from .reports import Trackers, Validation, model_card, run_page
 from .runtime import sharding_of, this_process
 from .settings import Settings, settings_text
-from .summary import model_card, run_page
-from .trackers import Trackers
-from .validation import Validation
 
 OnStep = Callable[[TrainingStep], None]
 

@@ -18,7 +18,7 @@ from ..errors import TrainingConfigError
 from ..tuner.config import ATTENTION, Init, KronAConfig
 from .config import TrainingConfig, check_choice, check_flag
 from .data import OnBadImage
-from .trackers import ReportTo
+from .reports import ReportTo
 
 if sys.version_info >= (3, 11):
     import tomllib

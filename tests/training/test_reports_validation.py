@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from diffusekrona.generation import generate_images
-from diffusekrona.training.validation import Validation
+from diffusekrona.training.reports import Validation
 from tests.pipelines import tiny_sd_pipeline
 
 PROMPTS = ["a toy", "a toy on sand"]
@@ -51,7 +51,7 @@ def test_an_error_while_drawing_brings_modes_and_places_back(pipe, tmp_path, mon
         raise RuntimeError("no memory")
 
     pipe.unet.train()
-    monkeypatch.setattr("diffusekrona.training.validation.generate_images", fail)
+    monkeypatch.setattr("diffusekrona.training.reports.generate_images", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         validation(pipe, tmp_path).draw(1)
     assert pipe.unet.training
@@ -67,7 +67,7 @@ def test_the_sheet_has_a_row_for_each_step_also_of_before_and_a_column_for_each_
         figures.append(figure)
         return b""
 
-    monkeypatch.setattr("diffusekrona.training.validation.figure_png", keep)
+    monkeypatch.setattr("diffusekrona.training.reports.figure_png", keep)
     for step in (100, 20):
         validation(pipe, tmp_path).draw(step)  # each as after a new start
     (tmp_path / "step-00000020-1.png").unlink()

@@ -8,7 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusekrona.training import TrainingConfigError, TrainingStep
-from diffusekrona.training.trackers import Trackers
+from diffusekrona.training.reports import Trackers
 
 
 def step(number):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusekrona.training.drawing import ready_to_draw
+from diffusekrona.training.reports import ready_to_draw
 
 
 class Part(nn.Linear):

@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from diffusekrona.training.summary import loss_curve, model_card, run_page
+from diffusekrona.training.reports import loss_curve, model_card, run_page
 
 FACTS = {"steps": "4 on 3 images", "final <loss>": "0.1"}
 
@@ -47,7 +47,7 @@ def lines_of(losses, window, monkeypatch):
     """(steps, values, label) of each line that is plotted."""
     drawn = []
     monkeypatch.setattr(
-        "diffusekrona.training.summary.figure_png",
+        "diffusekrona.training.reports.figure_png",
         lambda figure: drawn.extend((*line.get_data(), line.get_label()) for line in figure.axes[0].lines) or b"",
     )
     loss_curve(losses, **({} if window is None else {"window": window}))
@@ -75,7 +75,7 @@ def test_the_mean_is_by_default_that_of_50_steps(monkeypatch):
 def test_the_curve_says_what_its_axes_are(monkeypatch):
     named = []
     monkeypatch.setattr(
-        "diffusekrona.training.summary.figure_png",
+        "diffusekrona.training.reports.figure_png",
         lambda figure: named.extend((figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())) or b"",
     )
     loss_curve([0.5])
