@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import KronAError
+from ..images import figure_png
 from ..storage import write_whole
-from ..training.pictures import figure_png
 from .records import Records
 from .results import Results
 from .settings import StudySettings

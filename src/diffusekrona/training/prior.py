@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from ..generation import generate_images
-from ..images import is_image
+from ..images import image_png, is_image
 from ..storage import write_whole
-from .pictures import image_png
 
 
 def draw_class_images(

@@ -19,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import TrainingConfigError
 from ..generation import generate_images
+from ..images import figure_png, image_png
 from ..storage import write_whole
 from .loop import TrainingStep
-from .pictures import figure_png, image_png
 from .runtime import modes_kept
 
 
