@@ -12,8 +12,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 
+from diffusekrona.cli.progress import training_progress
 from diffusekrona.demo.run import TARGETS, TRAINING, DemoPaths
-from diffusekrona.progress import training_progress
 from diffusekrona.training import ImagePlan, fit, load_folder
 
 ROOT = Path(__file__).parents[2]

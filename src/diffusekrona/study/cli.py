@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from ..base import default_device
-from ..progress import progress
+from ..cli.progress import progress
 from .outlook import outlook
 from .run import chosen_study, quick, run_study
 from .settings import read_study_settings

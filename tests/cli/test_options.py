@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from diffusekrona.cli import app
+from diffusekrona.cli.options import factor_pattern, with_settings
 from diffusekrona.errors import KronAError
-from diffusekrona.options import factor_pattern, with_settings
 from diffusekrona.training.settings import GROUPS, SHORTER, help_texts
 
 ALL = [one for group in GROUPS.values() for one in fields(group)]

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .training import TrainingStep
+from ..training import TrainingStep
 
 errors = Console(stderr=True)
 

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from diffusekrona import progress as bars
+from diffusekrona.cli import progress as bars
 from diffusekrona.training import TrainingStep
 
 

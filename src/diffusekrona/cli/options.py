@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .errors import KronAError
-from .training.settings import GROUPS, SHORTER, help_texts
+from ..errors import KronAError
+from ..training.settings import GROUPS, SHORTER, help_texts
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
