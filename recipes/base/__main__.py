@@ -9,8 +9,8 @@ from typing import Any
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from diffusekrona.evaluation.judge import Judge
 from diffusekrona.generation import generate_images
+from research.judges.classifier import Judge
 
 from . import art, classifier, export, judge, subjects, unet, vae
 from .training import load_checkpoint, note, pick_device

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from diffusekrona.evaluation.scenes import COLOURS
+from research.judges.scenes import COLOURS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from diffusekrona.evaluation.judge import Judge
+from research.judges.classifier import Judge
 
 from .art import CACHE, COLOURS, ROOT, STYLES, Renderer, background, concepts, to_image
 from .augmenting import Augmenter, bank_of

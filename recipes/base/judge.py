@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusekrona.evaluation.judge import Judge
-from diffusekrona.evaluation.scenes import obeyed, shares
+from research.judges.classifier import Judge
+from research.judges.scenes import obeyed, shares
 
 from .art import COLOURS, PIXELS, concepts
 from .scenes import Scene, random_scene

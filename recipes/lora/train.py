@@ -13,8 +13,8 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 
 from diffusekrona.cli.progress import training_progress
-from diffusekrona.demo.run import TARGETS, TRAINING, DemoPaths
 from diffusekrona.training import ImagePlan, fit, load_folder
+from research.demo.personalise import TARGETS, TRAINING, DemoPaths
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "examples" / "toy-bear-lora"

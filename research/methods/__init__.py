@@ -1,0 +1,80 @@
+"""The paper's method and those that it is compared with, behind one interface: `Method`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from diffusekrona.storage import read_names
+
+from .custom_diffusion import CustomDiffusion
+from .dreambooth import FullDreamBooth
+from .krona import KronA
+from .loha import LoHa
+from .lokr import LoKr
+from .lora import LoRA
+from .method import Method, MethodError, option_names, saved_method
+from .svdiff import SVDiff
+
+__all__ = [
+    "METHODS",
+    "CustomDiffusion",
+    "FullDreamBooth",
+    "KronA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "Method",
+    "MethodError",
+    "SVDiff",
+    "method_from",
+    "method_of",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (KronA, LoRA, LoKr, LoHa, FullDreamBooth, CustomDiffusion, SVDiff)
+}
+"""Name → method."""
+
+
+def method_from(name: str, **options: Any) -> Method:
+    """A method by its name, with these options and its defaults for the rest.
+
+    Raises:
+        MethodError: no method has the name, or it has no such option, or the option cannot have the value.
+    """
+    if name not in METHODS:
+        raise MethodError(f"No method is named {name!r}{_near(name, METHODS)}")
+    method = METHODS[name]
+    known = option_names(method)
+    for option in options:
+        if option not in known:
+            raise MethodError(f"{name} has no option {option!r}{_near(option, known)}")
+    return method(**options)
+
+
+def method_of(path: str | PathLike[str]) -> Method:
+    """The method, with its options, that wrote a file or the only file of a method in a folder; its `load` reads it.
+
+    Raises:
+        AdapterFileError: there is no such file, or it does not say.
+        MethodError: it was written by a method that is not known here.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in sorted({m.file_name for m in METHODS.values()}) if (path / name).is_file()]
+        if len(found) != 1:
+            there = ", ".join(file.name for file in found) or "no file"
+            raise MethodError(f"{path} holds {there} of a method; name the file itself.")
+        path = found[0]
+    name, options = saved_method(path, read_names(path)[1])
+    return method_from(name, **options)
+
+
+def _near(wrong: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wrong, list(known), n=2, cutoff=0.5)
+    meant = f"; did you mean {' or '.join(near)}?" if near else "."
+    return f"{meant} There are: {', '.join(known)}."

@@ -1,0 +1,280 @@
+"""What every method has in common: how it gets into a pipeline, into a file, and out of both again."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from diffusekrona.errors import AdapterFileError, KronAError
+from diffusekrona.storage import read_safetensors, safetensors_bytes, write_whole
+from diffusekrona.tuner.components import adaptable_components, all_modules, is_denoiser, remember, restore
+
+HEADER = "diffusekrona_method"
+"""Entry of a saved file's header: the method's name and options, as JSON."""
+
+
+class MethodError(KronAError):
+    """A method or an option that there is not, or a pipeline that is not as the method needs it."""
+
+
+_prepared: WeakKeyDictionary[nn.Module, Method] = WeakKeyDictionary()
+"""Component → the method that is in it."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to teach a pipeline a subject: what trains, and how it is saved.
+
+    All methods are used alike: `prepare` a pipeline, hand what it returns to an optimizer, `save`; later `load` into
+    a pipeline of the same base. `remove` gives the base back, bit for bit. A pipeline holds one method at a time, and
+    a fresh one changes nothing that the pipeline says. What trains is float32 whatever the base's dtype.
+
+    Attributes:
+        name: what `method_from` knows it by.
+        label: what tables call it.
+        file_name: of what `save` writes.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    file_name: ClassVar[str] = "weights.safetensors"
+
+    text_encoders: bool = field(default=False, kw_only=True)
+    """Whether the text encoders are trained, too, as the paper does for SD 1.x; otherwise just the denoiser."""
+
+    def __post_init__(self) -> None:
+        check_flag("text_encoders", self.text_encoders)
+
+    @property
+    def description(self) -> str:
+        """The method and its options in a few words."""
+        where = "denoiser and text encoders" if self.text_encoders else "denoiser"
+        options = ", ".join(f"{name}={value}" for name, value in self.options().items() if name != "text_encoders")
+        return f"{self.label} ({options}), {where}" if options else f"{self.label}, {where}"
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, values for JSON."""
+        return asdict(self)
+
+    def chosen(self, pipe: Any) -> dict[str, nn.Module]:
+        """The components that the method trains, by name."""
+        found = adaptable_components(pipe)
+        return {part: module for part, module in found.items() if self.text_encoders or is_denoiser(part)}
+
+    def count(self, pipe: Any) -> int:
+        """How many numbers `prepare` would train, from the shapes alone; of a pipeline that holds no method."""
+        return sum(self._count(component) for component in self.chosen(pipe).values())
+
+    def prepare(self, pipe: Any) -> dict[str, nn.Parameter]:
+        """Freeze a pipeline, put the method in, and return what trains by `<component>.<name>`.
+
+        All or nothing: where a component cannot take it, the pipeline is as before.
+
+        Raises:
+            MethodError: the pipeline holds a method or another adapter, or has nothing that this method trains.
+        """
+        check_bare(pipe)
+        chosen, modules = self.chosen(pipe), all_modules(pipe)
+        remember(modules)
+        touched = []
+        try:
+            for component in chosen.values():
+                touched.append(component)
+                self._install(component)
+        except BaseException:
+            for component in touched:
+                self._take_out(component)
+            restore(modules)
+            raise
+        _prepared.update(dict.fromkeys(chosen.values(), self))
+        trained = self.parameters(pipe)
+        own = set(trained.values())
+        for parameter in (p for module in modules for p in module.parameters()):
+            parameter.requires_grad_(parameter in own)
+        return trained
+
+    def parameters(self, pipe: Any) -> dict[str, nn.Parameter]:
+        """What trains in a prepared pipeline, by `<component>.<name>`.
+
+        Raises:
+            MethodError: this method is not in the pipeline.
+        """
+        return {
+            f"{part}.{key}" if part else key: parameter
+            for part, component in self._held(pipe).items()
+            for key, parameter in self._trained(component).items()
+        }
+
+    def save(self, pipe: Any, folder: str | PathLike[str]) -> Path:
+        """Write what was trained as `<folder>/<file_name>`, whole or not at all; the file's path.
+
+        Raises:
+            MethodError: this method is not in the pipeline.
+            AdapterFileError: a trained number is not finite; nothing was written.
+            OSError: the file cannot be written; an older one there is as it was.
+        """
+        trained = self.parameters(pipe)
+        for key, parameter in trained.items():
+            if not bool(parameter.detach().isfinite().all()):
+                raise AdapterFileError(f"{key} holds an infinity or a NaN; nothing was saved.")
+        path = Path(folder).expanduser() / self.file_name
+        header = {HEADER: json.dumps({"method": self.name, "options": self.options()}, sort_keys=True)}
+        write_whole({path: safetensors_bytes(trained, header | self._header(self._held(pipe)))})
+        return path
+
+    def load(self, pipe: Any, path: str | PathLike[str]) -> dict[str, nn.Parameter]:
+        """Put what was saved into a pipeline of the same base, which must hold no method, and return what trains.
+
+        Args:
+            pipe: the pipeline.
+            path: the file, or the folder that `save` wrote it into.
+
+        Raises:
+            AdapterFileError: nothing readable there, of another method or base; the pipeline is as before.
+            MethodError: as for `prepare`.
+        """
+        file = self.file(path)
+        tensors, metadata = read_safetensors(file)
+        self._check_saved(file, metadata)
+        trained = self.prepare(pipe)
+        try:
+            check_fit(file, tensors, trained)
+            with torch.no_grad():
+                for key, parameter in trained.items():
+                    parameter.copy_(tensors[key])
+        except BaseException:
+            self.remove(pipe)
+            raise
+        return trained
+
+    def remove(self, pipe: Any) -> None:
+        """Take the method out: the pipeline is the base again, bit for bit, with its parameters as trainable as before.
+
+        Raises:
+            MethodError: this method is not in the pipeline.
+        """
+        for component in self._held(pipe).values():
+            self._take_out(component)
+            del _prepared[component]
+        restore(all_modules(pipe))
+
+    def file(self, path: str | PathLike[str]) -> Path:
+        """The file meant by a path to itself or to its folder."""
+        path = Path(path).expanduser()
+        return path / self.file_name if path.is_dir() else path
+
+    @abstractmethod
+    def _count(self, component: nn.Module) -> int:
+        """How many numbers of one component train."""
+
+    @abstractmethod
+    def _install(self, component: nn.Module) -> None:
+        """Put the method into one component. Freezing is done for it; where it fails, `_take_out` is called."""
+
+    @abstractmethod
+    def _trained(self, component: nn.Module) -> dict[str, nn.Parameter]:
+        """What trains in one component, by the names it is saved under."""
+
+    @abstractmethod
+    def _take_out(self, component: nn.Module) -> None:
+        """Undo `_install`, also one that failed half-way."""
+
+    def _header(self, components: Mapping[str, nn.Module]) -> dict[str, str]:
+        """What a file's header holds for other readers of it."""
+        return {}
+
+    def _held(self, pipe: Any) -> dict[str, nn.Module]:
+        chosen = self.chosen(pipe)
+        for component in chosen.values():
+            if _prepared.get(component) != self:
+                held = _prepared.get(component)
+                raise MethodError(
+                    f"The {type(component).__name__} holds {held.description if held else 'no method'}, not "
+                    f"{self.description}; put it in first with prepare or load."
+                )
+        return chosen
+
+    def _check_saved(self, file: Path, metadata: Mapping[str, str]) -> None:
+        name, options = saved_method(file, metadata)
+        mine = json.loads(json.dumps(self.options()))
+        if name != self.name or options != mine:
+            known = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
+            raise AdapterFileError(
+                f"{file} was saved by the method {name!r} with {known or 'no options'}, not by {self.description}. "
+                "method_of(path) gives the method that reads it."
+            )
+
+
+def saved_method(file: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The name and options of the method that wrote a file.
+
+    Raises:
+        AdapterFileError: its header does not say.
+    """
+    try:
+        said = json.loads(metadata[HEADER])
+        name, options = said["method"], said["options"]
+        if isinstance(name, str) and isinstance(options, dict):
+            return name, options
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise AdapterFileError(
+        f"{file} does not say in its header which method wrote it. Files of other programs are read by load_krona."
+    )
+
+
+def check_bare(pipe: Any) -> None:
+    """Raise `MethodError` if some component of a pipeline holds a method or an adapter."""
+    for part, component in adaptable_components(pipe).items():
+        held = _prepared.get(component)
+        if held is not None or getattr(component, "peft_config", None):
+            what = held.description if held is not None else "an adapter"
+            raise MethodError(
+                f"{part or 'The model'} already holds {what}. One method at a time: take it out with its remove(pipe), "
+                "or load the base anew."
+            )
+
+
+def check_fit(file: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """Raise `AdapterFileError` unless a file has just the tensors that train, in their shapes, all finite."""
+    for key in sorted(trained.keys() ^ tensors.keys()):
+        lacking = "lacks" if key in trained else "has"
+        raise AdapterFileError(f"{file} {lacking} {key}, as if it were made for another base model.")
+    for key, parameter in trained.items():
+        found, expected = tuple(tensors[key].shape), tuple(parameter.shape)
+        if found != expected:
+            raise AdapterFileError(f"{key} is {found} in {file} and must be {expected}: it is for another base model.")
+        if not tensors[key].is_floating_point() or not bool(tensors[key].isfinite().all()):
+            raise AdapterFileError(f"{key} in {file} holds something else than finite numbers.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `MethodError` unless an option is True or False."""
+    if not isinstance(value, bool):
+        raise MethodError(f"{name} must be True or False, not {value!r}.")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise `MethodError` unless an option is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise MethodError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+
+def check_scale(name: str, value: object) -> None:
+    """Raise `MethodError` unless an option is a finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < float("inf"):
+        raise MethodError(f"{name} must be a finite number, not {value!r}.")
+
+
+def option_names(method: type[Method]) -> list[str]:
+    """The options that a method takes."""
+    return [one.name for one in fields(method)]
