@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test lint bench base clean
 
 demo: .venv/ready
-	$(BIN)/diffusekrona demo
+	$(BIN)/python -m research.demo
 
 test: .venv/ready .venv/extras
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS)

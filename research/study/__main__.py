@@ -1,4 +1,4 @@
-"""`diffusekrona study NAME`: a command for each study."""
+"""`python -m research.study NAME`: a command for each study, and one for the tables of counts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from diffusekrona.base import default_device
+from diffusekrona.cli import Commands
 from diffusekrona.cli.progress import progress
 
 from .plan import outlook
@@ -23,7 +24,12 @@ from .study import Study
 from .tables import counted, rich_table, rows_of, write_markdown
 
 console = Console()
-commands = typer.Typer(no_args_is_help=True, help="What the paper measured, measured again.")
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="What the paper measured, measured again.",
+)
 
 Config = Annotated[Path, typer.Option(help="YAML file of the base, the subjects and the prompts.")]
 Output = Annotated[Path, typer.Option(help="Folder of the measurements, and of pages and figures.")]
@@ -33,7 +39,7 @@ Workers = Annotated[
 Seeds = Annotated[int | None, typer.Option(min=1, show_default="the study's own", help="Trainings of each arm.")]
 
 
-@commands.command("tables")
+@app.command("tables")
 def tables(
     table: Annotated[int | None, typer.Option(show_default="all", help="Just this one: 2, 4, 6, 7 or 8.")] = None,
     output: Annotated[Path | None, typer.Option(show_default="none", help="A Markdown file to write.")] = None,
@@ -78,7 +84,7 @@ def _add(kind: type[Study]) -> None:
             )
         console.print(escape(str(page)), soft_wrap=True)
 
-    commands.command(kind.name, help=f"The paper: {kind.question}")(command)
+    app.command(kind.name, help=f"The paper: {kind.question}")(command)
 
 
 def default_workers() -> int:
@@ -88,3 +94,7 @@ def default_workers() -> int:
 
 for _kind in STUDIES.values():
     _add(_kind)
+
+
+if __name__ == "__main__":
+    app()

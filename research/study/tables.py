@@ -277,8 +277,8 @@ def write_markdown(rows: Sequence[CountedRow], path: Path) -> None:
     explained = sum(one.explained for one in rows) - agreeing
     lines = [
         "# The paper's parameter counts", "",
-        "Written by `diffusekrona study tables --output FILE`, which counts what each method trains on models built "
-        "from their published configurations, without weights. The paper cuts most numbers of millions off after "
+        "Written by `python -m research.study tables --output FILE`, which counts what each method trains on models "
+        "built from their published configurations, without weights. The paper cuts most numbers of millions off after "
         "their last digit.", "",
         f"Of {len(rows)} rows, {agreeing} are as printed, {explained} come out as printed if counted in another way, "
         f"which is said beside them, and {len(rows) - agreeing - explained} cannot be reproduced.",

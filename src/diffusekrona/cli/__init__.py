@@ -17,34 +17,30 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 from typer.core import TyperGroup
 
-from .architectures import ARCHITECTURES, PIPELINES, build
-from .base import default_device, load_base
-from .captions import write_metadata
-from .demo.run import TRAINING as DEMO_TRAINING
-from .demo.run import DemoPaths, run_demo
-from .demo.table import rich_table
-from .errors import KronAError
-from .evaluation import Encoders, evaluate_folders, find_images
-from .evaluation.encoders import CLIP, DINO
-from .evaluation.result import check_outputs
-from .files.convert import Conversion, Target
-from .files.convert import convert as convert_file
-from .files.extract import extract as extract_adapter
-from .files.inspect import METHODS, inspect_file
-from .files.merge_base import merge_into_files
-from .files.write import Format
-from .generation import generate_images
+from ..architectures import ARCHITECTURES, PIPELINES, build
+from ..base import default_device, load_base
+from ..captions import write_metadata
+from ..errors import KronAError
+from ..evaluation import Encoders, evaluate_folders, find_images
+from ..evaluation.encoders import CLIP, DINO
+from ..evaluation.result import check_outputs
+from ..files.convert import Conversion, Target
+from ..files.convert import convert as convert_file
+from ..files.extract import extract as extract_adapter
+from ..files.inspect import METHODS, inspect_file
+from ..files.merge_base import merge_into_files
+from ..files.write import Format
+from ..generation import generate_images
+from ..pipeline import inject_krona, load_krona, merge_krona
+from ..report import krona_report
+from ..training import TrainingInterrupted
+from ..training.plan import plan as plan_run
+from ..training.plan import plan_table
+from ..training.run import run, train_command
+from ..training.settings import Settings, read_settings
+from ..tuner.config import ATTENTION, KronAConfig
 from .options import factor_pattern, with_settings
-from .pipeline import inject_krona, load_krona, merge_krona
 from .progress import class_images_progress, errors, progress, training_progress
-from .report import krona_report
-from .study.cli import commands as study_commands
-from .training import TrainingInterrupted
-from .training.plan import plan as plan_run
-from .training.plan import plan_table
-from .training.run import run, train_command
-from .training.settings import Settings, read_settings
-from .tuner.config import ATTENTION, KronAConfig
 
 console = Console()
 
@@ -56,10 +52,11 @@ def _stopped(interrupt: KeyboardInterrupt) -> str:
     return "Stopped before the end."
 
 
-class _Commands(TyperGroup):
+class Commands(TyperGroup):
     """Ends a command with one line instead of a traceback where the user can mend it."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; exit code 1 for an error of ours or of the system, 130 for Ctrl-C."""
         try:
             return super().invoke(ctx)
         except (KronAError, OSError) as error:
@@ -70,8 +67,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from interrupt
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
-app.add_typer(study_commands, name="study")
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 
 class DType(str, Enum):
@@ -352,20 +348,6 @@ def merge(
     console.print(f"Wrote {escape(str(output))}: {layers} layers changed", soft_wrap=True)
 
 
-@app.command()
-def demo(
-    base: Annotated[Path, typer.Option(help="Folder of the base model.")] = DemoPaths.base,
-    judge: Annotated[Path, typer.Option(help="Folder of the classifier.")] = DemoPaths.judge,
-    subject: Annotated[Path, typer.Option(help="Folder of the subject's pictures.")] = DemoPaths.subject,
-    output: Annotated[Path, typer.Option(help="Folder for the adapter and the pictures.")] = DemoPaths.output,
-) -> None:
-    """Teach the repository's small base model a new subject; save, reload, merge, generate and measure."""
-    with training_progress(DEMO_TRAINING.max_train_steps) as on_step:
-        result = run_demo(DemoPaths(base, judge, subject, output), on_step=on_step, on_stage=console.print)
-    console.print(rich_table(result))
-    console.print(escape(str(result.picture)), soft_wrap=True)
-
-
 def _target(factors: str | None, budget: float | None, num_terms: int | None) -> Target:
     return Target(None if factors is None else _pair(factors), budget, num_terms)
 
@@ -416,7 +398,3 @@ def _adapter_files(path: Path) -> list[Path]:
 
 def _slug(prompt: str, length: int = 40) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:length].strip("-") or "image"
-
-
-if __name__ == "__main__":
-    app()

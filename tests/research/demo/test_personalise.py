@@ -16,7 +16,7 @@ from research.demo.result import DemoResult
 from research.demo.table import write_markdown
 from tests.pipelines import tiny_sdxl_pipeline
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

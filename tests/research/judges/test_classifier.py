@@ -10,7 +10,7 @@ from PIL import Image
 from diffusekrona.errors import KronAError
 from research.judges.classifier import Judge
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BEARS = sorted((ROOT / "examples" / "toy-bear").glob("*.png"))
 
 

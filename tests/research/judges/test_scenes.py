@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from research.judges.scenes import COLOURS, obeyed, read_scene, shares
 
-SUBJECTS = Path(__file__).parents[2] / "examples" / "subjects"
+SUBJECTS = Path(__file__).parents[3] / "examples" / "subjects"
 PAINT = (255, 0, 255)
 
 

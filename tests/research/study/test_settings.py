@@ -9,13 +9,13 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusekrona.cli import app
+from research.study.__main__ import app
 from research.study.plan import outlook
 from research.study.run import chosen_study
 from research.study.settings import StudySettings, StudySettingsError, Subject, read_study_settings
 from research.study.studies import STUDIES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FULL_SIZE = sorted((ROOT / "studies" / "sdxl").glob("[tf]*.yaml"))
 
 
@@ -127,7 +127,7 @@ def test_what_measurements_share_is_all_but_what_cannot_change_them(settings):
 
 
 def command(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["study", *arguments])
+    return CliRunner().invoke(app, [*arguments])
 
 
 def test_the_command_measures_and_writes_a_page(settings, tmp_path, monkeypatch):

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from diffusekrona.cli import app
 from diffusekrona.errors import KronAError
 from diffusekrona.tuner.config import KronAConfig
 from diffusekrona.tuner.targets import target_layers
 from research.methods import KronA
+from research.study.__main__ import app
 from research.study.tables import (
     CountedRow,
     Row,
@@ -26,7 +26,7 @@ from research.study.tables import (
     write_markdown,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
+PAGE = Path(__file__).parents[3] / "docs" / "tables.md"
 SIDES = (2, 4, 8, 16, 32, 64, 128)
 
 
@@ -144,10 +144,10 @@ def test_the_terminal_shows_every_row(rows):
 
 def test_the_command(tmp_path):
     page = tmp_path / "t.md"
-    result = CliRunner().invoke(app, ["study", "tables", "--table", "2", "--output", str(page)])
+    result = CliRunner().invoke(app, ["tables", "--table", "2", "--output", str(page)])
     assert result.exit_code == 0, result.output
     assert "520,928" in result.output
     assert re.findall(r"^## .*", page.read_text(encoding="utf-8"), re.MULTILINE) == ["## Table 2"]
-    wrong = CliRunner().invoke(app, ["study", "tables", "--table", "5"])
+    wrong = CliRunner().invoke(app, ["tables", "--table", "5"])
     assert wrong.exit_code == 1
     assert "there are 2, 4, 6, 7, 8" in wrong.output

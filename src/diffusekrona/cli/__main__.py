@@ -1,0 +1,5 @@
+"""`python -m diffusekrona.cli`."""
+
+from . import app
+
+app()
