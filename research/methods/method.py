@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from diffusekrona.errors import AdapterFileError, KronAError
 from diffusekrona.storage import read_safetensors, safetensors_bytes, write_whole
-from diffusekrona.tuner.components import adaptable_components, all_modules, is_denoiser, remember, restore
+from diffusekrona.tuner.components import adaptable_components, all_modules, remember, restore
+from diffusekrona.tuner.names import in_component, is_denoiser
 
 HEADER = "diffusekrona_method"
 """Entry of a saved file's header: the method's name and options, as JSON."""
@@ -109,7 +110,7 @@ class Method(ABC):
             MethodError: this method is not in the pipeline.
         """
         return {
-            f"{part}.{key}" if part else key: parameter
+            in_component(part, key): parameter
             for part, component in self._held(pipe).items()
             for key, parameter in self._trained(component).items()
         }

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diffusekrona.errors import ConfigError
 from diffusekrona.kron.exact import arithmetic_dtype
+from diffusekrona.tuner.compat import BaseTunerLayer
 from diffusekrona.tuner.components import mark_adapted
 from diffusekrona.tuner.config import ATTENTION, KronAConfig
 from diffusekrona.tuner.layer import layer_size

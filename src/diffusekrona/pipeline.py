@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
 from .files.formats import krona as krona_format
 from .files.formats.krona import SavedAdapter
-from .files.read import by_component, check_fit, read_adapters
+from .files.read import read_adapters
 from .files.write import Format, check_format, lokr_bytes
 from .storage import resolve, write_whole
+from .tuner.compat import NoMatchingPeftModuleError
 from .tuner.components import (
     adaptable_components,
     adapter_names,
     all_modules,
     check_free_name,
     forget,
-    is_denoiser,
     mark_adapted,
     named_adapter,
     remember,
@@ -46,6 +44,8 @@ from .tuner.injected import (
 )
 from .tuner.layer import KronALayer
 from .tuner.merged import check_in_memory
+from .tuner.model import KronAModel
+from .tuner.names import factor_name, in_component, is_denoiser, layer_of, unwrapped_name
 from .tuner.targets import layer_alpha
 
 
@@ -66,7 +66,7 @@ class InjectedAdapter:
         for part, component in self.components.items():
             for key, tensor in adapter_tensors(component, self.name).items():
                 if isinstance(tensor, nn.Parameter):
-                    yield (f"{part}.{key}" if part else key), tensor
+                    yield in_component(part, key), tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What to hand to an optimizer."""
@@ -185,8 +185,6 @@ def load_krona(
     check_free_name(found.values(), adapter_name)
     source = resolve(path, revision=revision, token=token)
     saved = read_adapters(source, found)
-    for part, one in saved.items():
-        check_fit(found[part], one)
     configs = {part: copy.deepcopy(one.config) for part, one in saved.items()}
     for config in configs.values():
         config.inference_mode = not trainable
@@ -275,7 +273,7 @@ def _inject(
                 warnings.filterwarnings("ignore", r".*(factor|alpha)_pattern", RuntimeWarning)
             for part, component in adapter.components.items():
                 try:
-                    inject_adapter_in_model(copy.deepcopy(configs[part]), component, adapter.name)
+                    KronAModel(component, copy.deepcopy(configs[part]), adapter.name, factors=(tensors or {}).get(part))
                 except NoMatchingPeftModuleError as error:
                     raise ConfigError(
                         f"target_modules fits no layer of the {part or type(component).__name__}: {error} It takes "
@@ -283,7 +281,7 @@ def _inject(
                     ) from error
                 mark_adapted(component)
                 if tensors is not None:
-                    _fill(component, adapter.name, tensors[part])
+                    _fill_copies(component, adapter.name, tensors[part])
     except BaseException:
         forget(noted)
         raise
@@ -294,9 +292,11 @@ def _inject(
 
 
 @torch.no_grad()
-def _fill(component: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def _fill_copies(component: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the modules that an adapter trains in full."""
     for key, tensor in adapter_tensors(component, adapter_name).items():
-        tensor.copy_(tensors[key])
+        if not layer_of(key):
+            tensor.copy_(tensors[key])
 
 
 def _saved(component: nn.Module, adapter_name: str) -> SavedAdapter:
@@ -309,7 +309,7 @@ def _saved(component: nn.Module, adapter_name: str) -> SavedAdapter:
 
 def _layers(components: Mapping[str, nn.Module]) -> dict[str, KronALayer]:
     return {
-        f"{part}.{name}" if part else name: layer
+        in_component(part, name): layer
         for part, component in components.items()
         for name, layer in krona_layers(component).items()
     }
@@ -360,7 +360,7 @@ def hotswap_krona(
     components = adaptable_components(model)
     name = named_adapter(components, adapter_name)
     source = resolve(path, revision=revision, token=token)
-    saved = by_component(krona_format.read(source), components, source)
+    saved = read_adapters(source, components)
     adapted = [part for part, component in components.items() if name in adapter_names(component)]
     if set(saved) != set(adapted):
         raise AdapterFileError(
@@ -368,7 +368,6 @@ def hotswap_krona(
             "only equal adapters can be swapped."
         )
     for part, one in saved.items():
-        check_fit(components[part], one)
         _check_equal(components[part], name, one)
     for part, one in saved.items():
         _swap(components[part], name, one)
@@ -402,8 +401,8 @@ def _swap(component: nn.Module, name: str, saved: SavedAdapter) -> None:
     for key, layer in _swappable(component, name):
         alpha, new = layer.alpha[name], layer_alpha(saved.config, key)
         if new != alpha:
-            A: Tensor = tensors[f"{key}.krona_A"]
-            tensors[f"{key}.krona_A"] = A.double() * (new / alpha)
+            a_name = factor_name(key, "A")
+            tensors[a_name] = tensors[a_name].double() * (new / alpha)
     for key, tensor in adapter_tensors(component, name).items():
         tensor.copy_(tensors[key])
 
@@ -412,7 +411,7 @@ def _swappable(component: nn.Module, name: str) -> Iterator[tuple[str, KronALaye
     """The adapter's layers, by the names that they are saved under."""
     for key, layer in krona_layers(component).items():
         if name in layer.krona_A:
-            yield key.replace(".base_layer", ""), layer
+            yield unwrapped_name(key), layer
 
 
 def _parts(parts: Any) -> str:

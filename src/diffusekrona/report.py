@@ -9,8 +9,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -29,9 +27,11 @@ from .kron.shapes import (
     lora_step,
     merging_pays,
 )
+from .tuner.compat import BaseTunerLayer, ModulesToSaveWrapper
 from .tuner.components import adaptable_components, adapter_names, named_adapter
 from .tuner.injected import krona_layers
 from .tuner.layer import KronALayer
+from .tuner.names import in_component
 
 LORA_RANK = 4
 """The rank of the LoRA that the paper compares with (Table 2)."""
@@ -199,7 +199,7 @@ def krona_report(model: Any, adapter_name: str | None = None) -> KronAReport:
     name = named_adapter(components, adapter_name)
     adapted = {part: module for part, module in components.items() if name in adapter_names(module)}
     layers = [
-        LayerReport(f"{part}.{layer_name}" if part else layer_name, layer.shapes(name), _rank(layer, name))
+        LayerReport(in_component(part, layer_name), layer.shapes(name), _rank(layer, name))
         for part, module in adapted.items()
         for layer_name, layer in krona_layers(module).items()
         if name in layer.krona_A

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusekrona import KronAConfig, KronALayer
 from diffusekrona.errors import FactorShapeError, MergeError
-from diffusekrona.tuner.layer import layer_size
+from diffusekrona.tuner.layer import can_fuse, layer_size
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -883,3 +883,15 @@ class TestInit:
 def parameters_of_a_new_layer() -> list[Tensor]:
     layer = krona_layer("a")
     return [p.detach() for p in layer.parameters()]
+
+
+def test_quantized_weights_and_other_tensor_subclasses_are_left_to_the_base_layer():
+    class Quantized(Tensor):
+        pass
+
+    base = nn.Linear(4, 4).requires_grad_(False)
+    x = torch.randn(2, 4)
+    assert can_fuse(base, x)
+    assert not can_fuse(base, x.as_subclass(Quantized))
+    base.weight = nn.Parameter(base.weight.data.as_subclass(Quantized), requires_grad=False)
+    assert not can_fuse(base, x)

@@ -6,21 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..architectures import PIPELINES, build_pipeline
 from ..errors import AdapterFileError, FactorShapeError, KronAError
 from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
-from ..kron.shapes import fewest_parameters
+from ..kron.shapes import fewest_parameters, packed, stacked
 from ..storage import write_whole
+from ..tuner.names import in_component, layer_of
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
-from .formats.lokr import LoKr
 from .formats.lora import LoRA
-from .formats.updates import Update, flat
+from .formats.updates import KroneckerUpdate, Update, flat
 from .merge_base import folder_components
-from .read import KronaUpdate, LayerFactors, Place, adapters_of, read_adapters, updates_in
+from .read import Place, as_krona, read_adapters, updates_in
 from .write import Format, check_format, lokr_bytes
 
 Progress = Callable[[int, int], None]
@@ -120,7 +119,8 @@ def write_nearest(
 ) -> Conversion:
     """Write the nearest Kronecker products to updates of these models as an adapter; see `convert`."""
     fits = approximated(updates, target, on_layer)
-    adapters = adapters_of({place: _factors(fit) for place, fit in fits.items()}, components, source)
+    nearest = {place: KroneckerUpdate(packed(fit.A), packed(fit.B)) for place, fit in fits.items()}
+    adapters = as_krona(nearest, components, source)
     _write(adapters, components, output, to)
     return _conversion(adapters, fits)
 
@@ -246,12 +246,8 @@ def _delta(update: Update) -> Delta:
         )
     if isinstance(update, LoRA) and update.mid is None:
         return LowRank(update.scale * update.up.flatten(1), flat(update.down))
-    if isinstance(update, LoKr):
-        A, B, scale = update.factors()
-        return Kronecker(scale * A.unsqueeze(0), flat(B).unsqueeze(0))
-    if isinstance(update, KronaUpdate) and update.layout == "kron":
-        A, B = (torch.stack(factors) for factors in zip(*update.terms, strict=True))
-        return Kronecker(update.scale * A, B)
+    if isinstance(update, KroneckerUpdate) and update.layout == "kron":
+        return Kronecker(update.scale * stacked(update.A), stacked(update.B))
     return flat(update.delta())
 
 
@@ -279,16 +275,11 @@ def _fits(update: Update, component: nn.Module, name: str) -> bool:
     return rows == len(weight) and columns in (-1, weight[0].numel())
 
 
-def _factors(fit: Approximation) -> LayerFactors:
-    one = len(fit.A) == 1
-    return LayerFactors(fit.A[0] if one else fit.A, fit.B[0] if one else fit.B)
-
-
 def _conversion(adapters: Mapping[str, SavedAdapter], fits: Mapping[Place, Approximation]) -> Conversion:
     tensors = [(key, tensor) for saved in adapters.values() for key, tensor in saved.tensors.items()]
     return Conversion(
-        layers=sum(key.endswith(".krona_A") for key, _ in tensors),
+        layers=len({layer_of(key) for key, _ in tensors} - {""}),
         parameters=sum(tensor.numel() for _, tensor in tensors),
-        errors={f"{part}.{name}" if part else name: fit.error for (part, name), fit in fits.items()},
+        errors={in_component(part, name): fit.error for (part, name), fit in fits.items()},
         total_error=total_error(fits.values()),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors import safe_open
@@ -58,7 +57,7 @@ def extract(
         for name in targets:
             if before.differs(after, name):
                 size = math.prod(module.get_submodule(name).weight.shape)  # type: ignore[arg-type]
-                updates[part, name] = Difference(before, after, name, parameters=size)
+                updates[part, name] = Difference(before, after, name, kind="full", parameters=size)
     if not updates:
         raise BaseModelError(f"{tuned} and {base} have the same weights in the layers that target_modules names.")
     return write_nearest(updates, components, tuned, output, to, target, on_layer)
@@ -120,7 +119,6 @@ class Difference(Update):
         name: the layer.
     """
 
-    kind: ClassVar[str] = "full"
     before: FolderWeights
     after: FolderWeights
     name: str

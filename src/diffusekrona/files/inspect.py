@@ -14,16 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from ..storage import read_names
+from ..kron.shapes import stacked, terms_of
+from ..tuner.names import in_component, layer_of
 from .formats import foreign
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
 from .formats.loha import LoHa
-from .formats.lokr import LoKr
 from .formats.lora import LoRA
-from .formats.reference import Reference
-from .formats.updates import Update, flat
-from .read import KronaUpdate
+from .formats.updates import KroneckerUpdate, Update, flat
+from .read import are_ours, krona_update, opened
 from .write import check_sayable
 
 METHODS = {
@@ -122,26 +121,28 @@ def inspect_file(path: Path) -> Inspection:
     Raises:
         AdapterFileError: it cannot be read, or is no adapter that is known here.
     """
-    files = krona_format.foreign_files(path)
-    if files:
+    files = opened(path)
+    if not are_ours(files):
         updates = {
-            _join(part, key): update for part, file in files.items() for key, update in foreign.read(file).items()
+            in_component(part, name): update
+            for part, file in files.items()
+            for name, update in foreign.read(file).items()
         }
-        metadata = {key: value for file in files.values() for key, value in read_names(file)[1].items()}
+        metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
         layers = [_layer(name, update) for name, update in updates.items()]
         dora = any(update.dora_scale is not None for update in updates.values())
         kinds = {layer.kind for layer in layers}
         kind = kinds.pop() if len(kinds) == 1 else "mixed"
         return Inspection(kind, layers, metadata, _MERGED if dora else _becomes(kind))
-    adapters = krona_format.read(path)
+    adapters = krona_format.read(files)
     return Inspection("krona", _ours(adapters, path), {}, _ours_become(adapters))
 
 
 def _ours(adapters: Mapping[str, SavedAdapter], path: Path) -> list[LayerInspection]:
     layers = []
     for part, saved in adapters.items():
-        names = [key.removesuffix(".krona_A") for key in saved.tensors if key.endswith(".krona_A")]
-        layers += [_layer(_join(part, name), KronaUpdate.of(name, saved)) for name in names]
+        names = [name for name in dict.fromkeys(map(layer_of, saved.tensors)) if name]
+        layers += [_layer(in_component(part, name), krona_update(name, saved)) for name in names]
     if not layers:
         raise AdapterFileError(f"{path} holds no factors.")
     return layers
@@ -177,11 +178,8 @@ def _layer(name: str, update: Update) -> LayerInspection:
 
 def _described(update: Update) -> tuple[tuple[int, int], str, int, float]:
     """Size, shapes, rank and norm, without building ΔW where the factors tell them."""
-    if isinstance(update, (LoKr, Reference)):
-        A, B, scale = update.factors()
-        return _of_terms([(A, flat(B))], scale)
-    if isinstance(update, KronaUpdate):
-        return _of_terms(update.terms, update.scale)
+    if isinstance(update, KroneckerUpdate):
+        return _of_terms(update)
     if isinstance(update, LoRA) and update.mid is None:
         up, down = flat(update.up.double()), flat(update.down.double())
         square = abs(float((up.T @ up * (down @ down.T)).sum()))
@@ -191,14 +189,14 @@ def _described(update: Update) -> tuple[tuple[int, int], str, int, float]:
     return (delta.shape[0], delta.shape[1]), shapes, _rank(delta), float(delta.norm())
 
 
-def _of_terms(terms: list[tuple[Tensor, Tensor]], scale: float) -> tuple[tuple[int, int], str, int, float]:
-    (a1, a2), (b1, b2) = terms[0][0].shape, terms[0][1].shape
-    A, B = (torch.stack([pair[i].double().flatten() for pair in terms]) for i in (0, 1))
+def _of_terms(update: KroneckerUpdate) -> tuple[tuple[int, int], str, int, float]:
+    (a1, a2, b1, b2), (d, h) = update.shapes, (update.shapes.d, update.shapes.h)
+    A, B = (stacked(factors).double().flatten(1) for factors in (update.A, update.B))
     # ⟨A ⊗ B, C ⊗ D⟩ = ⟨A, C⟩·⟨B, D⟩
     square = abs(float((A @ A.T * (B @ B.T)).sum()))
-    rank = min(sum(_rank(a) * _rank(b) for a, b in terms), a1 * b1, a2 * b2)
-    count = f"{len(terms)} terms " if len(terms) > 1 else ""
-    return (a1 * b1, a2 * b2), f"{count}{a1} × {a2} ⊗ {b1} × {b2}", rank, abs(scale) * math.sqrt(square)
+    rank = min(sum(_rank(a) * _rank(b) for a, b in terms_of(update.A, update.B)), d, h)
+    count = f"{update.num_terms} terms " if update.num_terms > 1 else ""
+    return (d, h), f"{count}{a1} × {a2} ⊗ {b1} × {b2}", rank, abs(update.scale) * math.sqrt(square)
 
 
 def _rank(matrix: Tensor) -> int:
@@ -208,7 +206,3 @@ def _rank(matrix: Tensor) -> int:
 def _range(values: Iterable[str]) -> str:
     first, *rest = dict.fromkeys(values)
     return f"{first}–{rest[-1]}" if rest else first
-
-
-def _join(part: str, key: str) -> str:
-    return f"{part}.{key}" if part else key

@@ -7,12 +7,12 @@ from os import PathLike
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError, MergeError
 from ..kron.exact import MERGEABLE_DTYPES, arithmetic_dtype
 from ..storage import resolve
+from ..tuner.compat import BaseTunerLayer
 from ..tuner.components import adaptable_components
 from ..tuner.injected import krona_layers
 from ..tuner.merged import check_in_memory

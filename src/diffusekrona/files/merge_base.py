@@ -23,7 +23,7 @@ from ..base import BaseModelError
 from ..errors import MergeError
 from ..kron.exact import MERGEABLE_DTYPES
 from ..storage import read_names
-from .formats.krona import DENOISERS, TEXT_ENCODERS
+from ..tuner.names import DENOISERS, TEXT_ENCODERS
 from .merge import merged
 from .naming import foreign_names, layer_names, original_unet_name
 from .read import Place, updates_in

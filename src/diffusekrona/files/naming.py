@@ -17,14 +17,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AdapterFileError
-from .formats.krona import DENOISERS, TEXT_ENCODERS
+from ..tuner.compat import BaseTunerLayer
+from ..tuner.names import DENOISERS, PEFT_PREFIX, TEXT_ENCODERS, in_component, unwrapped_name
 
-_PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIXES = {
     "unet": ("lora_unet_",),
     "transformer": ("lora_transformer_", "lora_unet_"),
@@ -92,7 +91,7 @@ def resolve(
     taken: dict[tuple[str, str], str] = {}
     unmatched = []
     for key in keys:
-        targets = known.get(key.replace(".base_layer", ""), set())
+        targets = known.get(unwrapped_name(key), set())
         if not targets:
             unmatched.append(key)
             continue
@@ -146,7 +145,7 @@ def diffusers_name(component: str, module_name: str, components: Mapping[str, nn
     """A layer's name in a file for Diffusers: the component's and the module's, as all its versions read them."""
     module = components[component]
     name = _with_text_model(module_name) if _is_clip(module) else module_name
-    return f"{component}.{name}" if component else name
+    return in_component(component, name)
 
 
 def kohya_name(component: str, module_name: str, components: Mapping[str, nn.Module]) -> str:
@@ -220,8 +219,8 @@ def _aliases(role: str, module: nn.Module, own: str) -> Iterator[str]:
     """What a layer may be called in a file, with what it may be called within its model."""
     yield own
     yield f"{role}.{own}"
-    yield f"{_PEFT_PREFIX}{own}"
-    yield f"{role}.{_PEFT_PREFIX}{own}"
+    yield f"{PEFT_PREFIX}{own}"
+    yield f"{role}.{PEFT_PREFIX}{own}"
     for prefix in (*_kohya_prefixes(role, module), _LYCORIS_PREFIX):
         yield prefix + own.replace(".", "_")
     if role in DENOISERS:

@@ -1,33 +1,45 @@
-"""What adapter files, our own and other programs', say about each layer of a model."""
+"""Adapter files of any program, opened once: as KronA adapters of a model, or as the updates of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError, FactorShapeError
-from ..kron.products import dense_update
-from ..kron.shapes import FactorShapes, Layout, update_shapes
-from ..tuner.components import is_denoiser
+from ..kron.shapes import update_shapes
+from ..storage import TensorFile, read_safetensors
+from ..tuner.compat import ModulesToSaveWrapper
 from ..tuner.config import KronAConfig
-from ..tuner.model import KronAModel
+from ..tuner.names import PREFIX, factor_name, is_denoiser
 from ..tuner.targets import common_and_pattern, layer_alpha, layer_shapes, target_layers, target_only
 from .formats import foreign
 from .formats import krona as krona_format
-from .formats.krona import SavedAdapter
-from .formats.lokr import LoKr
-from .formats.reference import Reference
-from .formats.updates import Update, flat
+from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
+from .formats.updates import KroneckerUpdate, Update
 from .naming import resolve
 
 Place = tuple[str, str]
 """Component and name of a layer."""
+
+
+def read_adapters(source: Path, components: Mapping[str, nn.Module]) -> dict[str, SavedAdapter]:
+    """The KronA adapter of each component of a model that a file or folder of any program holds.
+
+    Raises:
+        AdapterFileError: it cannot be read or does not fit this model; or some update is no Kronecker product.
+    """
+    files = opened(source)
+    ours = are_ours(files)
+    if ours:
+        adapters = by_component(krona_format.read(files), components, source)
+    else:
+        adapters = as_krona(foreign_updates(files, components), components, source)
+    for part, saved in adapters.items():
+        check_fit(components[part], saved, numbers=ours)  # those of other programs' files are checked
+    return adapters
 
 
 def updates_in(source: Path, components: Mapping[str, nn.Module]) -> dict[Place, Update]:
@@ -36,15 +48,62 @@ def updates_in(source: Path, components: Mapping[str, nn.Module]) -> dict[Place,
     Raises:
         AdapterFileError: it cannot be read, does not fit these models, or holds more than updates of layers.
     """
-    files = krona_format.foreign_files(source)
-    return foreign_updates(files, components) if files else krona_updates(source, components)
+    files = opened(source)
+    if not are_ours(files):
+        return foreign_updates(files, components)
+    updates: dict[Place, Update] = {}
+    for part, saved in by_component(krona_format.read(files), components, source).items():
+        check_fit(components[part], saved)
+        if saved.config.modules_to_save:
+            raise AdapterFileError(
+                f"{source} holds whole modules ({', '.join(saved.config.modules_to_save)}) beside its updates; load it "
+                "with load_krona."
+            )
+        updates.update(
+            {(part, name): krona_update(name, saved) for name in target_layers(components[part], saved.config)}
+        )
+    return updates
 
 
-def foreign_updates(files: Mapping[str, Path], components: Mapping[str, nn.Module]) -> dict[Place, Update]:
+def opened(source: Path) -> dict[str, TensorFile]:
+    """The files of an adapter by component, "" for one that names its components itself.
+
+    A folder may hold PEFT's `adapter_model.safetensors`, itself or in a folder for each component, or one other file.
+
+    Raises:
+        AdapterFileError: nothing to read, a pickle, or a damaged file.
+    """
+    return {part: TensorFile(path, *read_safetensors(path)) for part, path in _files_of(source).items()}
+
+
+def _files_of(source: Path) -> dict[str, Path]:
+    if not source.exists():
+        raise AdapterFileError(f"{source} does not exist.")
+    if not source.is_dir():
+        return {"": source}
+    parts = krona_format.saved_parts(source)
+    if parts:
+        return {part: source / part / WEIGHTS_NAME for part in (parts if "" not in parts else [""])}
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) == 1:
+        return {"": files[0]}
+    found = ", ".join(sorted(path.name for path in source.iterdir())) or "nothing"
+    raise AdapterFileError(
+        f"{source} holds no {WEIGHTS_NAME}, neither itself nor in a component's folder, and not exactly one "
+        f"other .safetensors file. It holds: {found}."
+    )
+
+
+def are_ours(files: Mapping[str, TensorFile]) -> bool:
+    """Whether files that were opened together are this library's own."""
+    return any(HEADER in file.metadata or any(f".{PREFIX}" in name for name in file.tensors) for file in files.values())
+
+
+def foreign_updates(files: Mapping[str, TensorFile], components: Mapping[str, nn.Module]) -> dict[Place, Update]:
     """What other programs' files say about each layer of a model.
 
     Args:
-        files: by component, "" for one that names its components itself, as `formats.krona.foreign_files` finds them.
+        files: by component, as `opened` gives them.
         components: the model's.
 
     Raises:
@@ -53,28 +112,34 @@ def foreign_updates(files: Mapping[str, Path], components: Mapping[str, nn.Modul
     updates: dict[Place, Update] = {}
     for part, file in files.items():
         found = foreign.read(file)
-        places = resolve(found, {part: components[part]} if part in components and part else components, str(file))
+        known = {part: components[part]} if part and part in components else components
+        places = resolve(found, known, str(file.path))
         updates.update({places[key]: update for key, update in found.items()})
     return updates
 
 
-def krona_updates(source: Path, components: Mapping[str, nn.Module]) -> dict[Place, Update]:
-    """The layers' updates of an adapter that `save_krona`, PEFT or Diffusers saved.
+def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
+    """The update of a layer in an adapter of ours.
 
     Raises:
-        AdapterFileError: it cannot be read, does not fit these models, or holds more than updates of layers.
+        AdapterFileError: a factor is missing.
     """
-    updates: dict[Place, Update] = {}
-    for part, saved in by_component(krona_format.read(source), components, source).items():
-        check_fit(components[part], saved)
-        if saved.config.modules_to_save:
-            raise AdapterFileError(
-                f"{source} holds whole modules ({', '.join(saved.config.modules_to_save)}) beside its updates; load it "
-                "with load_krona."
-            )
-        for name in target_layers(components[part], saved.config):
-            updates[part, name] = KronaUpdate.of(name, saved)
-    return updates
+    factors = {
+        key: saved.tensors[factor_name(name, key)].float()
+        for key in ("A", "B", "B1", "B2")
+        if factor_name(name, key) in saved.tensors
+    }
+    if factors.keys() not in ({"A", "B"}, {"A", "B1", "B2"}):
+        raise AdapterFileError(f"{saved.source} has not all factors of the layer {name}.")
+    return KroneckerUpdate(
+        factors["A"],
+        factors["B"] if "B" in factors else torch.matmul(factors["B1"], factors["B2"]),
+        layer_alpha(saved.config, name),
+        layout=saved.config.layout,
+        kind="krona",
+        where=f"{saved.source}: the layer {name}",
+        parameters=sum(factor.numel() for factor in factors.values()),
+    )
 
 
 def by_component(
@@ -99,47 +164,42 @@ def by_component(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class KronaUpdate(Update):
-    """ΔW = s · Σ A_r ⊗ B_r of one layer of our own files.
+def as_krona(
+    updates: Mapping[Place, Update], components: Mapping[str, nn.Module], source: Path
+) -> dict[str, SavedAdapter]:
+    """The same updates as a KronA adapter of each component.
 
-    Attributes:
-        terms: (A, B) of each term, fp32, a convolution's B with the kernel in its columns.
-        scale: s.
-        layout: the order of the outputs.
+    Raises:
+        AdapterFileError: some update is no Kronecker product, or has DoRA's magnitudes; or layouts or numbers of terms
+            differ.
     """
-
-    kind: ClassVar[str] = "krona"
-    terms: list[tuple[Tensor, Tensor]]
-    scale: float
-    layout: Layout = "kron"
-
-    @classmethod
-    def of(cls, name: str, saved: SavedAdapter) -> KronaUpdate:
-        """The update of a layer in a saved adapter."""
-        factors = {
-            key: saved.tensors[f"{name}.krona_{key}"].float()
-            for key in ("A", "B", "B1", "B2")
-            if f"{name}.krona_{key}" in saved.tensors
-        }
-        if "A" not in factors or not factors.keys() & {"B", "B1"} or ("B1" in factors) != ("B2" in factors):
-            raise AdapterFileError(f"{saved.source} has not all factors of the layer {name}.")
-        A = factors["A"]
-        B = factors["B"] if "B" in factors else torch.matmul(factors["B1"], factors["B2"])
-        terms = [(A, B)] if A.dim() == 2 else list(zip(A.unbind(), B.unbind(), strict=True))
-        parameters = sum(factor.numel() for factor in factors.values())
-        scale = layer_alpha(saved.config, name)
-        return cls(terms, scale, saved.config.layout, where=f"{saved.source}: the layer {name}", parameters=parameters)
-
-    def delta(self) -> Tensor:
-        """ΔW in fp32, d × h, a convolution's with the kernel in h."""
-        return dense_update([(self.scale * A, B) for A, B in self.terms], self.layout)
+    layers: dict[Place, KroneckerUpdate] = {}
+    for place, update in updates.items():
+        if update.dora_scale is not None or not isinstance(update, KroneckerUpdate):
+            raise AdapterFileError(_no_product(update, source))
+        layers[place] = update
+    if len({layer.layout for layer in layers.values()}) > 1:
+        raise AdapterFileError(f"{source} mixes LoKr with layers of the paper authors' layout, which is not supported.")
+    return {
+        part: _adapter({name: one for (of, name), one in layers.items() if of == part}, components[part], source)
+        for part in dict.fromkeys(part for part, _ in layers)
+    }
 
 
-def check_fit(component: nn.Module, saved: SavedAdapter) -> None:
+def _no_product(update: Update, source: Path) -> str:
+    kind = "DoRA" if update.dora_scale is not None else {"lora": "LoRA", "loha": "LoHa"}.get(update.kind, "whole")
+    return (
+        f"{source} holds {kind} updates, which are no Kronecker products, so they cannot become an adapter exactly. "
+        "merge_file(pipe, path) merges them into the weights exactly; `diffusekrona convert` finds the nearest "
+        "Kronecker products."
+    )
+
+
+def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -> None:
     """Raise `AdapterFileError` unless an adapter has just the tensors that its config means in a component.
 
-    The text says what is missing, unknown, misshapen or not finite, and where the file was read.
+    The text says what is missing, unknown, misshapen or, where `numbers` asks for it, not finite, and where the file
+    was read.
     """
     factors = _expected_factors(component, saved)
     expected = {**factors, **_expected_copies(component, saved)}
@@ -154,9 +214,12 @@ def check_fit(component: nn.Module, saved: SavedAdapter) -> None:
         _list("not in this model", [key for key in present if key not in expected]),
         _list("missing from the file", [key for key in expected if key not in present]),
         _list("misshapen", misshapen),
-        _list("not of floating-point numbers", [key for key in factors if _is_whole(saved.tensors.get(key))]),
-        _list("without finite values", [key for key, t in saved.tensors.items() if not _is_finite(t)]),
     ]
+    if numbers:
+        problems += [
+            _list("not of floating-point numbers", [key for key in factors if _is_whole(saved.tensors.get(key))]),
+            _list("without finite values", [key for key, t in saved.tensors.items() if not _is_finite(t)]),
+        ]
     found = [problem for problem in problems if problem]
     if found:
         raise AdapterFileError(
@@ -176,7 +239,7 @@ def _expected_factors(component: nn.Module, saved: SavedAdapter) -> dict[str, tu
                 f"{saved.source} does not fit this {type(component).__name__}, which is unchanged: "
                 f"{name}: {error}. It looks made for another architecture."
             ) from error
-        expected.update({f"{name}.{KronAModel.prefix}{factor}": size for factor, size in shapes.tensors.items()})
+        expected.update({factor_name(name, factor): size for factor, size in shapes.tensors.items()})
     return expected
 
 
@@ -209,88 +272,7 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "a single number"
 
 
-def read_adapters(source: Path, components: Mapping[str, nn.Module]) -> dict[str, SavedAdapter]:
-    """The KronA adapter of each component of a model that a file or folder of any program holds.
-
-    Raises:
-        AdapterFileError: it cannot be read or is for another model; or some update is no Kronecker product.
-    """
-    files = krona_format.foreign_files(source)
-    if files:
-        return as_krona(foreign_updates(files, components), components, source)
-    return by_component(krona_format.read(source), components, source)
-
-
-def as_krona(
-    updates: Mapping[Place, Update], components: Mapping[str, nn.Module], source: Path
-) -> dict[str, SavedAdapter]:
-    """The same updates as a KronA adapter of each component.
-
-    Raises:
-        AdapterFileError: some update is no Kronecker product, or has DoRA's magnitudes.
-    """
-    layers = {place: _factors(update, source) for place, update in updates.items()}
-    if len({layer.layout for layer in layers.values()}) > 1:
-        raise AdapterFileError(f"{source} mixes LoKr with layers of the paper authors' layout, which is not supported.")
-    return adapters_of(layers, components, source)
-
-
-@dataclass(frozen=True)
-class LayerFactors:
-    """The update s · Σ A_r ⊗ B_r of one layer.
-
-    Attributes:
-        A: a1 × a2, or terms × a1 × a2.
-        B: b1 × b2, a convolution's with the kernel in its columns; or terms × b1 × b2.
-        b_parts: B1 and B2, whose product B is, if it is kept so.
-        scale: s.
-        layout: the order of the outputs.
-    """
-
-    A: Tensor
-    B: Tensor
-    b_parts: tuple[Tensor, Tensor] | None = None
-    scale: float = 1.0
-    layout: Layout = "kron"
-
-    @property
-    def shapes(self) -> FactorShapes:
-        """Of A and B, a convolution's kernel counted in b2."""
-        return FactorShapes(*self.A.shape[-2:], *self.B.shape[-2:])
-
-    @property
-    def num_terms(self) -> int:
-        """How many products are summed."""
-        return len(self.A) if self.A.dim() == 3 else 1
-
-
-def adapters_of(
-    layers: Mapping[Place, LayerFactors], components: Mapping[str, nn.Module], source: Path
-) -> dict[str, SavedAdapter]:
-    """An adapter of each component that has these factors, all of one layout and of equally many terms."""
-    return {
-        part: _adapter({name: one for (of, name), one in layers.items() if of == part}, components[part], source)
-        for part in dict.fromkeys(part for part, _ in layers)
-    }
-
-
-def _factors(update: Update, source: Path) -> LayerFactors:
-    if update.dora_scale is None and isinstance(update, LoKr):
-        A, B, scale = update.factors()
-        parts = update.w2_parts
-        return LayerFactors(A, flat(B), None if parts is None else (parts[0], flat(parts[1])), scale, "kron")
-    if update.dora_scale is None and isinstance(update, Reference):
-        A, B, scale = update.factors()
-        return LayerFactors(A, B, None, scale, "transposed")
-    kind = "DoRA" if update.dora_scale is not None else {"lora": "LoRA", "loha": "LoHa"}.get(update.kind, "whole")
-    raise AdapterFileError(
-        f"{source} holds {kind} updates, which are no Kronecker products, so they cannot become an adapter exactly. "
-        "merge_file(pipe, path) merges them into the weights exactly; `diffusekrona convert` finds the nearest "
-        "Kronecker products."
-    )
-
-
-def _adapter(layers: Mapping[str, LayerFactors], component: nn.Module, source: Path) -> SavedAdapter:
+def _adapter(layers: Mapping[str, KroneckerUpdate], component: nn.Module, source: Path) -> SavedAdapter:
     b_rank = _common_b_rank(layers)
     (a1, a2), factor_pattern = common_and_pattern({name: layer.shapes[:2] for name, layer in layers.items()})
     alpha, alpha_pattern = common_and_pattern({name: layer.scale for name, layer in layers.items()})
@@ -307,15 +289,16 @@ def _adapter(layers: Mapping[str, LayerFactors], component: nn.Module, source: P
     target_only(config, component, layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{name}.krona_A"] = layer.A.contiguous()
+        tensors[factor_name(name, "A")] = layer.A.contiguous()
         if b_rank is not None and layer.b_parts is not None:
-            tensors[f"{name}.krona_B1"], tensors[f"{name}.krona_B2"] = (part.contiguous() for part in layer.b_parts)
+            for key, part in zip(("B1", "B2"), layer.b_parts, strict=True):
+                tensors[factor_name(name, key)] = part.contiguous()
         else:
-            tensors[f"{name}.krona_B"] = layer.B.contiguous()
+            tensors[factor_name(name, "B")] = layer.B.contiguous()
     return SavedAdapter(config, tensors, source)
 
 
-def _common_b_rank(layers: Mapping[str, LayerFactors]) -> int | None:
+def _common_b_rank(layers: Mapping[str, KroneckerUpdate]) -> int | None:
     """The rank with which `KronAConfig` would make products of just those B that are products; None if there is none.
 
     Without one, products are multiplied out, which is the same function.

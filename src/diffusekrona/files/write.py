@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..storage import data_hash, safetensors_bytes
+from ..tuner.names import factor_name
 from ..tuner.targets import layer_alpha, layer_shapes, target_layers
 from .formats import lokr
 from .formats.krona import SavedAdapter
@@ -84,10 +85,13 @@ def check_sayable(saved: SavedAdapter) -> None:
         raise AdapterFileError(f"This adapter cannot be written as LoKr: {problem}.")
 
 
-def _factors(component: nn.Module, name: str, saved: SavedAdapter) -> lokr.Factors:
+def _factors(
+    component: nn.Module, name: str, saved: SavedAdapter
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]:
+    """A, B (a convolution's with the kernel apart; or B1 and B2) and s of a layer."""
     shapes = layer_shapes(saved.config, name, component.get_submodule(name))
     kernel = (shapes.factors.b2, *shapes.kernel)
-    factors = {key: saved.tensors[f"{name}.krona_{key}"] for key in shapes.tensors}
+    factors = {key: saved.tensors[factor_name(name, key)] for key in shapes.tensors}
     last = factors["B" if "B" in factors else "B2"].reshape(-1, *kernel)
     return factors["A"], last if "B" in factors else (factors["B1"], last), layer_alpha(saved.config, name)
 

@@ -10,51 +10,13 @@ costs more than building W + Σ A ⊗ B for the moment of one product; so there 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional
-from torch.nn.modules import module as modules
 
 from .shapes import FactorShapes, cheapest_order, merging_pays
-
-
-def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    """Whether `linear_with_kron` may stand in for calling this base layer on x.
-
-    Only for a plain `nn.Linear` that is not being trained and that nobody listens to: hooks, replaced forward methods,
-    quantized weights and other tensor subclasses need the layer's own call. Neither vmap and the other transforms of
-    torch.func nor forward-mode differentiation can look into the fused step.
-    """
-    return (
-        type(layer) is nn.Linear
-        and type(x) in (Tensor, nn.Parameter)
-        and type(layer.weight) is nn.Parameter
-        and not (torch.is_grad_enabled() and _is_trained(layer))
-        and not _has_listeners(layer)
-        and forward_ad._current_level < 0
-        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
-    )
-
-
-def _is_trained(layer: nn.Linear) -> bool:
-    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-
-
-def _has_listeners(layer: nn.Module) -> bool:
-    return bool(
-        "forward" in layer.__dict__
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or modules._global_forward_hooks
-        or modules._global_forward_pre_hooks
-        or modules._global_backward_hooks
-        or modules._global_backward_pre_hooks
-    )
 
 
 def linear_with_kron(

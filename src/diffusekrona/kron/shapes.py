@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..errors import FactorShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Order = Literal["A first", "B first"]
 Layout = Literal["kron", "transposed"]
@@ -83,6 +86,27 @@ class UpdateShapes:
         a1, a2, b1, _ = self.factors
         of_b = min(b1, self.b_columns, self.b_rank or b1)
         return min(self.num_terms * min(a1, a2) * of_b, a1 * b1, a2 * self.b_columns)
+
+
+def terms_of(A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(A_r, B_r) of each term of Σ A_r ⊗ B_r.
+
+    Args:
+        A: a1 × a2 of the only term, or terms × a1 × a2.
+        B: b1 × b2, or terms × b1 × b2.
+    """
+    # A single factor stays itself: taking it out of a stack would copy its gradient.
+    return [(A, B)] if A.dim() == 2 else list(zip(A.unbind(), B.unbind(), strict=True))
+
+
+def stacked(factors: Tensor) -> Tensor:
+    """The factors of all terms, terms × rows × columns, also where there is just one, whose factor is a matrix."""
+    return factors if factors.dim() == 3 else factors.unsqueeze(0)
+
+
+def packed(factors: Tensor) -> Tensor:
+    """The opposite of `stacked`: a matrix for just one term."""
+    return factors[0] if len(factors) == 1 else factors
 
 
 def update_shapes(

@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import AdapterNameError, KronAError
-from ..files.formats.krona import DENOISERS, TEXT_ENCODERS
+from .compat import ADAPTED, COMPILED
 from .config import KronAConfig
-
-_DIFFUSERS_FLAG = "_hf_peft_config_loaded"
+from .names import DENOISERS, TEXT_ENCODERS
 
 
 @dataclass
@@ -62,11 +61,6 @@ def all_modules(model: Any) -> list[nn.Module]:
     return [unwrapped(part) for part in model.components.values() if isinstance(part, nn.Module)]
 
 
-def is_denoiser(component: str) -> bool:
-    """Whether a component is what the paper adapts for SDXL: the denoiser, or a module given by itself."""
-    return component == "" or component in DENOISERS
-
-
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that adapters go into, without the wrappers of torch.compile, of distributed training and of PEFT."""
     while (inner := _wrapped(module)) is not None:
@@ -75,9 +69,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    inner = getattr(module, "_orig_mod", None)
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        inner = module.module
+        return module.module  # type: ignore[no-any-return]
+    inner = getattr(module, COMPILED, None)
     return inner if isinstance(inner, nn.Module) else None
 
 
@@ -151,5 +145,5 @@ def forget(modules: Iterable[nn.Module]) -> None:
 
 def mark_adapted(component: nn.Module) -> None:
     """Tell Diffusers and transformers that the component has adapters, as their own `add_adapter` does."""
-    if hasattr(component, _DIFFUSERS_FLAG):
-        setattr(component, _DIFFUSERS_FLAG, True)
+    if hasattr(component, ADAPTED):
+        setattr(component, ADAPTED, True)

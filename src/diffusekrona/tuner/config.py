@@ -13,12 +13,14 @@ from peft import PeftConfig
 
 from ..errors import ConfigError
 from ..kron.shapes import Layout
+from .mixed import allow_mixing
+from .names import PREFIX
 
 Init = Literal["zeros", "normal", "normal_sqrt", "kaiming_uniform", "xavier_uniform"]
 
 ATTENTION = "attention"
 PRESETS = (ATTENTION, "attention+ff", "cross-attention")
-"""Words that `target_modules` may be; `presets.py` says what they mean in a model."""
+"""Words that `target_modules` may be; `targets.py` says what they mean in a model."""
 
 
 class KronAPeftType(str, Enum):
@@ -95,6 +97,7 @@ class KronAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = KronAPeftType.KRONA
+        allow_mixing(self.peft_type, (f"{PREFIX}A", f"{PREFIX}B"))
         if self.target_modules is None:
             self.target_modules = ATTENTION
         self.target_modules = _names("target_modules", self.target_modules)

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..kron.exact import Term
+from .compat import ADAPTED, BaseTunerLayer, ModulesToSaveWrapper
 from .config import KronAConfig
 from .layer import KronALayer, layers_beneath
+from .names import unwrapped_name
 
 
 def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
@@ -36,7 +36,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str, *, here: bool = False) 
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
             tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
-    return {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+    return {unwrapped_name(key): tensor for key, tensor in tensors.items()}
 
 
 def terms_to_merge(
@@ -121,13 +121,13 @@ def remove_leftovers(model: nn.Module) -> None:
             for adapter in set(module.modules_to_save) - set(configs):
                 module.delete_adapter(adapter, module.active_adapters)
             if not module.modules_to_save:
-                _replace(model, name, module.original_module)
+                model.set_submodule(name, module.original_module)
     for name, layer in krona_layers(model).items():
         if not layer.krona_A:
             layer.unmerge()
-            _replace(model, name, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
     if not configs:
-        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        for attribute in ("peft_config", ADAPTED):
             vars(model).pop(attribute, None)
 
 
@@ -141,8 +141,3 @@ def _activate(model: nn.Module, adapter_names: list[str]) -> None:
             module.set_adapter([name for name in adapter_names if name in module.modules_to_save][:1])
         else:
             module.set_adapter(adapter_names)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

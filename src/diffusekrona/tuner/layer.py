@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FactorShapeError
 from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
-from ..kron.fused import can_fuse, linear_with_kron
+from ..kron.fused import linear_with_kron
 from ..kron.products import dense_update, kron_conv2d, kron_linear, sum_of
-from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, update_shapes
+from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, stacked, terms_of, update_shapes
+from .compat import (
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    execution_device,
+    has_listeners,
+    is_transformed,
+    onloaded,
+    padding_of,
+)
 from .config import Init
 from .merged import MergedWeight
 from .quantized import Original
@@ -94,10 +101,11 @@ class KronALayer(nn.Module, BaseTunerLayer):
         init_a: Init = "normal",
         init_b: Init = "zeros",
         inference_mode: bool = False,
+        factors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter, or start an existing one anew, with A of a1 × a2. Its factors are fp32 on the base's device.
 
-        What the other arguments mean: `KronAConfig`.
+        What the other arguments mean: `KronAConfig`. With `factors`, by "A", "B", "B1" and "B2", it starts with these.
 
         Raises:
             FactorShapeError: a1 does not divide the outputs, or a2 the inputs.
@@ -105,13 +113,16 @@ class KronALayer(nn.Module, BaseTunerLayer):
         shapes = update_shapes(
             factor_shapes(self.out_features, self.in_features, a1, a2), num_terms, b_rank, self.kernel
         )
-        for key, factors in self._parameters_by_factor().items():
-            if adapter_name in factors:
-                del factors[adapter_name]
+        for key, parameters in self._parameters_by_factor().items():
+            if adapter_name in parameters:
+                del parameters[adapter_name]
             if key in shapes.tensors:
                 factor = torch.empty(shapes.tensors[key], device=self._device, dtype=torch.float32)
-                init_factor_(factor, init_of(key, init_a, init_b), shapes.factors)
-                factors[adapter_name] = nn.Parameter(factor)
+                if factors is None:
+                    init_factor_(factor, init_of(key, init_a, init_b), shapes.factors)
+                else:
+                    factor.copy_(factors[key])
+                parameters[adapter_name] = nn.Parameter(factor)
         self.r[adapter_name] = shapes.highest_rank
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         self.dropout[adapter_name] = dropout
@@ -136,8 +147,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def num_terms(self, adapter_name: str) -> int:
         """How many products one adapter's update sums."""
-        A = self.krona_A[adapter_name]
-        return len(A) if A.dim() == 3 else 1
+        return len(stacked(self.krona_A[adapter_name]))
 
     def parameters_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """What one adapter trains here: krona_A and krona_B, or krona_A, krona_B1 and krona_B2."""
@@ -154,15 +164,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     @property
     def _device(self) -> torch.device:
-        """Where the base layer computes: not its weight's device while that is offloaded to nowhere."""
-        hook = getattr(self.get_base_layer(), "_hf_hook", None)
-        device = self.weight.device
-        return torch.device(getattr(hook, "execution_device", device)) if device.type == "meta" else device
-
-    def _onloaded(self) -> AbstractContextManager[None]:
-        """The base's weight in its place, and back to where it waits."""
-        hooked = self.weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")
-        return onload_layer(self) if hooked else nullcontext()
+        device: torch.device = self.weight.device
+        return execution_device(self.get_base_layer()) if device.type == "meta" else device
 
     def cast_factors(self, adapter_name: str, to_base: bool = False) -> None:
         """Cast one adapter's factors of half precision to fp32, or any to the base weight's dtype, unless quantized."""
@@ -235,8 +238,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of each term, without the scale; a B that is a product multiplied out."""
-        A, B = self.krona_A.here(adapter_name), self._whole_b(adapter_name)
-        return [(A, B)] if A.dim() == 2 else list(zip(A.unbind(), B.unbind(), strict=True))
+        return terms_of(self.krona_A.here(adapter_name), self._whole_b(adapter_name))
 
     def _whole_b(self, name: str) -> Tensor:
         if name in self.krona_B:
@@ -315,7 +317,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if merge:
             terms = self.merge_terms(check_adapters_to_merge(self, adapter_names))
             self.check_mergeable(terms)
-            self._weight.fold(self.get_base_layer(), terms)
+            self.fold(terms)
             for layer in layers_beneath(self):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
@@ -336,7 +338,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def check_mergeable(self, terms: dict[str, list[Term]]) -> None:
         """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
-        with self._onloaded():
+        with onloaded(self):
             self._weight.check(self.get_base_layer(), terms)
 
     def check_unmergeable(self) -> None:
@@ -345,8 +347,14 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def set_merged(self, terms: dict[str, list[Term]]) -> None:
         """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds."""
-        with self._onloaded():
+        with onloaded(self):
             self._weight.set(self.get_base_layer(), terms)
+        self.merged_adapters = list(terms)
+
+    def fold(self, terms: dict[str, list[Term]]) -> None:
+        """`set_merged` for good, for a layer that will be unloaded: nothing is kept to unmerge."""
+        with onloaded(self):
+            self._weight.fold(self.get_base_layer(), terms)
         self.merged_adapters = list(terms)
 
     @property
@@ -362,6 +370,27 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
 class KronALinear(KronALayer):
     """A `KronALayer` under a name by which PEFT's "all-linear" knows a linear layer that has adapters already."""
+
+
+def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether `linear_with_kron` may stand in for calling this base layer on x.
+
+    Only for a plain `nn.Linear` that is not being trained and that nobody listens to: hooks, replaced forward methods,
+    quantized weights and other tensor subclasses need the layer's own call. Neither vmap and the other transforms of
+    torch.func nor forward-mode differentiation can look into the fused step.
+    """
+    return (
+        type(layer) is nn.Linear
+        and type(x) in (Tensor, nn.Parameter)
+        and type(layer.weight) is nn.Parameter
+        and not (torch.is_grad_enabled() and _is_trained(layer))
+        and not has_listeners(layer)
+        and not is_transformed()
+    )
+
+
+def _is_trained(layer: nn.Linear) -> bool:
+    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
 
 
 def layers_beneath(layer: BaseTunerLayer) -> Iterator[BaseTunerLayer]:
@@ -435,5 +464,5 @@ class KronAConv2d(KronALayer):
         B = B.view(B.shape[0], -1, *self.kernel)
         if base.padding_mode == "zeros":
             return kron_conv2d(x, A, B, base.stride, base.padding, base.dilation)
-        padded = functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        padded = functional.pad(x, padding_of(base), mode=base.padding_mode)
         return kron_conv2d(padded, A, B, base.stride, 0, base.dilation)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..kron.exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
+from .compat import offload_folder
 from .quantized import Original, carrier, check_format, dequantized, is_quantized, put_back, replace
 
 Terms = dict[str, list[Term]]
@@ -36,13 +37,19 @@ class MergedWeight:
         if terms.keys() == self.terms.keys():
             return
         _check_format(base)
-        before = self.terms
-        self.set(base, {})
-        try:
-            numbers = dequantized(base).to(carrier(base)) if is_quantized(base) else _matrix(base)
-            check_mergeable(numbers, _all(terms))
-        finally:
-            self.set(base, before)
+        self.check_undoable(base)
+        check_mergeable(self._unmerged(base), _all(terms))
+
+    def _unmerged(self, base: nn.Module) -> Tensor:
+        """The base's weight as a matrix without what is merged into it, in a copy if anything is."""
+        if is_quantized(base):
+            original = self.restoration if isinstance(self.restoration, Original) else None
+            return dequantized(base, original).to(carrier(base))
+        matrix = _matrix(base)
+        if isinstance(self.restoration, Restoration):
+            matrix = matrix.clone()
+            unmerge_(matrix, _all(self.terms), self.restoration)
+        return matrix
 
     def check_undoable(self, base: nn.Module) -> None:
         """Raise `MergeError` if the weight was cast to another dtype while merged."""
@@ -93,11 +100,10 @@ class MergedWeight:
 def check_in_memory(model: nn.Module) -> None:
     """Raise `MergeError` if Diffusers keeps weights of a model in files, where a merge would be lost."""
     for name, module in model.named_modules():
-        registry: Any = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if hook is not None and hook.config.offload_to_disk_path:
+        folder = offload_folder(module)
+        if folder is not None:
             raise MergeError(
-                f"The weights of {name or 'the model'} are offloaded to {hook.config.offload_to_disk_path}, where "
+                f"The weights of {name or 'the model'} are offloaded to {folder}, where "
                 "nothing can be merged into them: merge first, then apply the group offloading. Nothing was merged."
             )
 

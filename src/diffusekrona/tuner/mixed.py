@@ -1,92 +1,96 @@
-"""KronAMixedModel: KronA among the methods of PEFT's mixed models."""
+"""KronA in PEFT's mixed models, `get_peft_model(…, mixed=True)`, which know their methods by heart.
+
+PEFT has no table for them, so their class has to be changed. That is left until the first `KronAConfig` is made: who
+imports this library and makes none finds PEFT as it was. For PEFT's own methods the changed class does what it did.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import peft.mapping
-import peft.mixed_model
 import peft.tuners.mixed
 from peft.tuners.mixed.model import PREFIXES, MixedModel
-from peft.tuners.tuners_utils import set_adapter
-from torch import Tensor, nn
 
-from .config import KronAConfig, KronAPeftType
-from .injected import krona_layers, terms_to_merge, undone_on_error
-from .layer import KronALayer
-from .model import KronAModel, layer_names
-from .targets import settle_targets
+from .compat import set_adapter, tuner_of
+
+Method = Callable[..., Any]
 
 
-class KronAMixedModel(MixedModel):
-    """PEFT's model of adapters of several methods, `get_peft_model(…, mixed=True)`, with KronA among them."""
+@cache
+def allow_mixing(method: Any, factors: tuple[str, ...]) -> None:
+    """Let mixed models hold adapters of a method that is entered in PEFT's tables.
 
+    Args:
+        method: its entry in PEFT's tables; its tuner has `injecting` and `check_mergeable`, see `KronAModel`.
+        factors: what marks the names of its parameters.
+    """
+    mixed: Any = peft.tuners.mixed
+    mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, method)
+    PREFIXES.extend(factors)
+    tables: Any = peft.mapping
+    tables.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[method] = MixedModel
+    for name, replacement in {
+        "inject_adapter": _inject_adapter,
+        "set_adapter": _set_adapter,
+        "merge_and_unload": _merge_and_unload,
+        "_check_new_adapter_config": _check_new_adapter_config,
+        "_create_and_replace": _create_and_replace,
+    }.items():
+        own: Method = getattr(MixedModel, name)
+        setattr(MixedModel, name, wraps(own)(replacement(own, method)))
+
+
+def _inject_adapter(own: Method, method: Any) -> Method:
     def inject_adapter(
-        self,
-        model: nn.Module,
+        self: Any,
+        model: Any,
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
+        state_dict: Any = None,
     ) -> None:
-        """Put an adapter into every layer that its config, or else the given state dict, names."""
-        arguments = (model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if not isinstance(self.peft_config[adapter_name], KronAConfig):
-            super().inject_adapter(*arguments)
+        arguments = (self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if self.peft_config[adapter_name].peft_type != method:
+            own(*arguments)
             return
-        with undone_on_error([model], adapter_name):
-            settle_targets(self.peft_config[adapter_name], model, layer_names(state_dict))
-            super().inject_adapter(*arguments)
+        with tuner_of(method).injecting(self.peft_config[adapter_name], model, adapter_name, state_dict):
+            own(*arguments)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several, of any methods, the active ones."""
-        super().set_adapter(adapter_name, inference_mode)
-        set_adapter(self.model, adapter_name, inference_mode, layer_cls=KronALayer)
+    return inject_adapter
 
+
+def _set_adapter(own: Method, method: Any) -> Method:
+    def set_adapter_of_all(self: Any, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        own(self, adapter_name, inference_mode)
+        set_adapter(self.model, adapter_name, inference_mode, layer_cls=tuner_of(method).tuner_layer_cls)
+
+    return set_adapter_of_all
+
+
+def _merge_and_unload(own: Method, method: Any) -> Method:
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The base model with adapters of all methods, by default the active ones, in its weights for good.
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        tuner_of(method).check_mergeable(self.model, adapter_names)
+        return own(self, progressbar, safe_merge, adapter_names)
 
-        Raises:
-            MergeError: a KronA adapter would make some weight not finite, or meets a quantized one. Nothing has
-                changed then.
-        """
-        terms_to_merge(krona_layers(self.model), adapter_names)
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        if not isinstance(config, KronAConfig):
-            super()._check_new_adapter_config(config)
-
-    def _create_and_replace(
-        self,
-        config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        arguments = (config, adapter_name, target, target_name, parent, current_key)
-        if isinstance(config, KronAConfig):
-            create: Any = KronAModel._create_and_replace
-            create(self, *arguments)
-        else:
-            super()._create_and_replace(*arguments)
+    return merge_and_unload
 
 
-def _register() -> None:
-    # What PeftMixedModel accepts is a tuple, and what it makes a class that knows its methods by heart, so both have to
-    # be replaced; for other methods ours does what PEFT's does.
-    tables: Any = peft.mapping
-    tables.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[KronAPeftType.KRONA] = KronAMixedModel
-    mixed: Any = peft.tuners.mixed
-    mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, KronAPeftType.KRONA)
-    PREFIXES.extend(KronAModel.prefix + factor for factor in "AB")  # looked for anywhere in names
-    maker: Any = peft.mixed_model
-    maker.MixedModel = KronAMixedModel
+def _check_new_adapter_config(own: Method, method: Any) -> Method:
+    def check(self: Any, config: Any) -> None:
+        if config.peft_type != method:
+            own(self, config)
+
+    return check
 
 
-_register()
+def _create_and_replace(own: Method, method: Any) -> Method:
+    def create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        create = tuner_of(method)._create_and_replace if config.peft_type == method else own
+        create(self, config, *args, **kwargs)
+
+    return create_and_replace

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import peft.mapping
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import AdapterNameError, KronAError
+from .compat import BaseTuner, BaseTunerLayer, enter_in_peft
 from .config import KronAConfig, KronAPeftType
 from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
 from .layer import KronAConv2d, KronALayer, KronALinear
+from .names import FACTORS, PREFIX, factor_name, layer_of, unwrapped_name
 from .targets import layer_alpha, layer_factors, settle_targets
 from .weighted import Combination, weighted_sum
 
@@ -23,16 +23,34 @@ class KronAModel(BaseTuner):
 
     Injection is all or nothing: all targeted layers are checked first, and the error names those that misfit.
 
+    Args:
+        model: what the adapter goes into.
+        peft_config: its config.
+        adapter_name: what to call it.
+        *args: for PEFT.
+        factors: by name, `<layer>.krona_A` and so on, the factors to begin with, of the shapes that the config means;
+            by default they start as the config says.
+        **kwargs: for PEFT.
+
     Raises:
         AdapterNameError: the model already has a Kronecker adapter of that name.
         FactorShapeError: a targeted layer is not linear or its size is not divisible by its factors.
     """
 
-    prefix = "krona_"
+    prefix = PREFIX
     tuner_layer_cls = KronALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        *args: Any,
+        factors: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._factors = factors
         if any(adapter_name in layer.krona_A for layer in krona_layers(model).values()):
             raise AdapterNameError(
                 f"The {type(model).__name__} already has an adapter named {adapter_name!r}; choose another name."
@@ -48,9 +66,23 @@ class KronAModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Put the adapter into every layer that its config, or else the given state dict, names."""
-        with undone_on_error([model], adapter_name):
-            settle_targets(self.peft_config[adapter_name], model, layer_names(state_dict))
+        with self.injecting(self.peft_config[adapter_name], model, adapter_name, state_dict):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    @staticmethod
+    @contextmanager
+    def injecting(
+        config: KronAConfig, model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
+        """Settle what a config targets before the block injects it; where the block fails, undo it."""
+        with undone_on_error([model], adapter_name):
+            settle_targets(config, model, None if state_dict is None else {layer_of(key) for key in state_dict})
+            yield
+
+    @staticmethod
+    def check_mergeable(model: nn.Module, adapter_names: list[str] | None = None) -> None:
+        """Raise `MergeError` if some weight cannot hold these adapters, by default the active ones."""
+        terms_to_merge(krona_layers(model), adapter_names)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -62,7 +94,8 @@ class KronAModel(BaseTuner):
         Raises:
             MergeError: some weight would not be finite, or is quantized. Nothing has changed then.
         """
-        terms_to_merge(krona_layers(self.model), adapter_names)
+        for layer, terms in terms_to_merge(krona_layers(self.model), adapter_names):
+            layer.fold(terms)
         merge_beneath_others(self.model, safe_merge, adapter_names)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
@@ -128,7 +161,7 @@ class KronAModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # A saved name says nothing of adapters around the layer or of torch.compile, so it fits a model without them.
         saved: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return saved.replace(".base_layer.", ".").replace("_orig_mod.", "")
+        return unwrapped_name(saved)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -169,14 +202,15 @@ class KronAModel(BaseTuner):
             init_a=config.init_a if config.init_weights else "normal",
             init_b=config.init_b if config.init_weights else "normal",
             inference_mode=config.inference_mode,
+            factors=_factors_of(current_key, getattr(self, "_factors", None)),  # a mixed model has none
         )
 
 
-def layer_names(state_dict: Mapping[str, Tensor] | None) -> set[str] | None:
-    """The layers that an adapter's tensors are of; None without tensors."""
-    if state_dict is None:
+def _factors_of(layer_name: str, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if tensors is None:
         return None
-    return {key.removeprefix("_orig_mod.").rpartition(f".{KronAModel.prefix}")[0] for key in state_dict}
+    named = {factor: factor_name(unwrapped_name(layer_name), factor) for factor in FACTORS}
+    return {factor: tensors[name] for factor, name in named.items() if name in tensors}
 
 
 def _layer_around(target: nn.Module) -> KronALayer:
@@ -192,12 +226,4 @@ def _existing_layer(target: nn.Module) -> KronALayer | None:
     return layer
 
 
-def _register() -> None:
-    # PEFT declares these for its own enum; any text that is a key of all three will do.
-    tables: Any = peft.mapping
-    tables.PEFT_TYPE_TO_CONFIG_MAPPING[KronAPeftType.KRONA] = KronAConfig
-    tables.PEFT_TYPE_TO_TUNER_MAPPING[KronAPeftType.KRONA] = KronAModel
-    tables.PEFT_TYPE_TO_PREFIX_MAPPING[KronAPeftType.KRONA] = KronAModel.prefix
-
-
-_register()
+enter_in_peft(KronAPeftType.KRONA, KronAConfig, KronAModel, PREFIX)

@@ -6,14 +6,15 @@ here: a weight of theirs brings it along. What is not known here is refused by `
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..kron.exact import MERGEABLE_DTYPES
+from .compat import dequantize_bnb_weight
 
 _BNB_STATE = ("CB", "SCB")
 
@@ -52,12 +53,18 @@ def check_format(base: nn.Module) -> None:
         )
 
 
-def dequantized(base: nn.Module) -> Tensor:
-    """The numbers that a quantized weight stands for, d × h, in a new tensor in fp32."""
-    weight: Any = base.weight
+def dequantized(base: nn.Module, original: Original | None = None) -> Tensor:
+    """The numbers that a quantized weight stands for, d × h, in a new tensor in fp32.
+
+    Args:
+        base: the layer.
+        original: its weight from before a merge, where that is asked for.
+    """
+    weight: Any = base.weight if original is None else original.weight
+    state = getattr(base, "state", None) if original is None else SimpleNamespace(**original.state)
     # PEFT's `dequantize_module_weight` would put a new parameter into the layer.
     from_bnb = str(_format(base)).startswith("bnb")
-    numbers = dequantize_bnb_weight(weight, getattr(base, "state", None)) if from_bnb else weight.dequantize()
+    numbers = dequantize_bnb_weight(weight, state) if from_bnb else weight.dequantize()
     return numbers.detach().to(torch.float32, copy=True)
 
 

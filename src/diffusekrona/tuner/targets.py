@@ -9,19 +9,14 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import TypeVar
 
-from diffusers.models.attention import FeedForward
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..errors import ConfigError, FactorShapeError
 from ..kron.shapes import UpdateShapes, factor_shapes, update_shapes
+from .compat import BaseTunerLayer, get_pattern_key, include_all_linear_layers, is_feed_forward, is_targeted
 from .config import ATTENTION, PRESETS, KronAConfig
 from .layer import layer_size
+from .names import unwrapped_name
 
 ATTENTION_LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
@@ -89,7 +84,7 @@ def _cross_attention_layers(model: nn.Module) -> Iterator[str]:
 
 def _feed_forward_layers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        if isinstance(module, FeedForward):
+        if is_feed_forward(module):
             yield from _linear_layers(name, module)
         elif hasattr(module, "proj_mlp") and hasattr(module, "proj_out"):
             yield from (_path(name, child) for child in ("proj_mlp", "proj_out"))
@@ -134,7 +129,7 @@ def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]
     return {
         name: module
         for name, module in named.items()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
+        if name and not name.startswith(inside) and is_targeted(config, name)
     }
 
 
@@ -177,10 +172,11 @@ def settle_targets(config: KronAConfig, model: nn.Module, only: Collection[str] 
         FactorShapeError: some cannot take their factors; the text lists them.
     """
     config.target_modules = resolved(config, model).target_modules
-    config = _maybe_include_all_linear_layers(config, model)
+    config = include_all_linear_layers(config, model)
     targets = target_layers(model, config)
     if only is not None:
-        targets = {name: layer for name, layer in targets.items() if name.removeprefix("_orig_mod.") in only}
+        only = {unwrapped_name(name) for name in only}
+        targets = {name: layer for name, layer in targets.items() if unwrapped_name(name) in only}
     problems = {}
     for name, layer in targets.items():
         try:

@@ -10,15 +10,17 @@ from functools import reduce
 from typing import Literal, get_args
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterNameError, ConfigError, FactorShapeError
 from ..kron.nearest import Approximation, Delta, Kronecker, nearest_kronecker, total_error
 from ..kron.products import dense_update, sum_of
+from ..kron.shapes import stacked
+from .compat import ModulesToSaveWrapper
 from .config import KronAConfig
 from .injected import krona_layers
 from .layer import KronALayer
+from .names import unwrapped_name
 from .targets import common_and_pattern, layer_factors, listed, target_layers, target_only
 
 Combination = Literal["cat", "svd"]
@@ -85,7 +87,7 @@ def weighted_sum(
     used = _used(configs, adapter_name, adapters, weights)
     _check_copies(model, adapters)
     layers = {
-        name.replace(".base_layer", ""): layer
+        unwrapped_name(name): layer
         for name, layer in krona_layers(model).items()
         if any(adapter in layer.krona_A for adapter in adapters)
     }
@@ -175,8 +177,7 @@ def _exact(layer: KronALayer, adapter_name: str, summands: Summands) -> dict[str
     for key, parameter in layer.parameters_of(adapter_name).items():
         factors = [(_stacked(layer, key, name), scale) for name, scale in _scales(layer, summands)]
         dtype = reduce(torch.promote_types, (factor.dtype for factor, _ in factors), parameter.dtype)
-        shape = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
-        total, start = torch.zeros(shape, dtype=dtype, device=parameter.device), 0
+        total, start = torch.zeros_like(stacked(parameter), dtype=dtype), 0
         for factor, scale in factors:
             terms, rows, columns = factor.shape
             total[start : start + terms, :rows, :columns] = factor.to(dtype) * (scale if key == "krona_A" else 1)
@@ -194,8 +195,7 @@ def _stacked(layer: KronALayer, key: str, adapter_name: str) -> Tensor:
     """One adapter's factors of a kind, terms first; as B, products multiplied out."""
     if key == "krona_B":
         return torch.stack([B for _, B in layer.factors(adapter_name)])
-    factor = layer.factors_here(adapter_name)[key]
-    return factor if factor.dim() == 3 else factor[None]
+    return stacked(layer.factors_here(adapter_name)[key])
 
 
 def _nearest(layer: KronALayer, adapter_name: str, summands: Summands, num_terms: int) -> Approximation:

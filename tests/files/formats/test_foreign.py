@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
+from diffusekrona.files.read import opened
 from diffusekrona.files.formats.scales import HEADER
 
 ONE = torch.ones(2, 2)
@@ -85,13 +86,13 @@ def test_what_this_cannot_express_is_not_passed_over(key: str) -> None:
 def test_a_file_is_read_with_its_name_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "dog.safetensors"
     save_file({key: tensor.clone() for key, tensor in FILES["lokr"].items()}, path)
-    assert list(foreign.read(path)) == ["a"]
+    assert list(foreign.read(opened(path)[""])) == ["a"]
     save_file({"a.lokr_w1": ONE}, path)
     with pytest.raises(AdapterFileError, match=r"dog\.safetensors: the layer a lacks w2_a"):
-        foreign.read(path)
+        foreign.read(opened(path)[""])
     path.write_bytes(b"no tensors")
     with pytest.raises(AdapterFileError, match=r"dog\.safetensors is not a complete safetensors file"):
-        foreign.read(path)
+        foreign.read(opened(path)[""])
 
 
 def test_a_config_beside_counts_only_for_pefts_own_file_name(tmp_path: Path) -> None:
@@ -100,10 +101,10 @@ def test_a_config_beside_counts_only_for_pefts_own_file_name(tmp_path: Path) -> 
     tensors = {"a.lokr_w1": ONE, "a.lokr_w2": ONE.clone()}
     for name, scale in (("adapter_model.safetensors", 0.25), ("other.safetensors", 1.0)):
         save_file(tensors, tmp_path / name)
-        assert torch.equal(foreign.read(tmp_path / name)["a"].delta(), torch.full((4, 4), scale))
+        assert torch.equal(foreign.read(opened(tmp_path / name)[""])["a"].delta(), torch.full((4, 4), scale))
     save_file(tensors, tmp_path / "adapter_model.safetensors", {HEADER: json.dumps({**config, "alpha": 2})})
-    assert torch.equal(foreign.read(tmp_path / "adapter_model.safetensors")["a"].delta(), torch.full((4, 4), 0.5))
+    assert torch.equal(foreign.read(opened(tmp_path / "adapter_model.safetensors")[""])["a"].delta(), torch.full((4, 4), 0.5))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json cannot be read"):
-        foreign.read(tmp_path / "adapter_model.safetensors")
+        foreign.read(opened(tmp_path / "adapter_model.safetensors")[""])

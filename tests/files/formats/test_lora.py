@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
+from diffusekrona.files.read import opened
 from diffusekrona.files.formats.lora import LoRA
 from tests.modules import network
 from tests.pipelines import tiny_sdxl_pipeline
@@ -134,7 +135,7 @@ def test_the_change_that_a_file_of_diffusers_makes_is_pefts(tmp_path: Path, sett
 def test_the_scale_of_a_peft_folder_comes_from_the_config_beside(tmp_path: Path) -> None:
     model = get_peft_model(network(), LoraConfig(r=4, lora_alpha=1, target_modules=["to_q"], init_lora_weights=False))
     model.save_pretrained(tmp_path)
-    updates = foreign.read(tmp_path / "adapter_model.safetensors")
+    updates = foreign.read(opened(tmp_path / "adapter_model.safetensors")[""])
     name = "base_model.model.blocks.1.to_q"
     layer = model.get_submodule(name)
     assert layer.scaling["default"] == 0.25

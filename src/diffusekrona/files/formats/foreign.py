@@ -1,19 +1,18 @@
 """Other programs' adapter files: which method each layer holds, told by the names of its tensors.
 
 A tensor is named by its layer and a part, such as `lora_unet_mid_block_attentions_0_proj_in.lokr_w1`. Which module of
-a model a layer's name stands for is not a matter of the file: see `diffusekrona.naming`.
+a model a layer's name stands for is not a matter of the file: see `layouts.names`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ...errors import AdapterFileError
-from ...storage import read_safetensors
+from ...storage import TensorFile
 from . import full, loha, lokr, lora, reference
 from .krona import CONFIG_NAME, WEIGHTS_NAME
 from .scales import HEADER, Scales, from_header
@@ -51,22 +50,21 @@ class _Layer(NamedTuple):
     parts: dict[str, Tensor]
 
 
-def read(path: Path) -> dict[str, Update]:
+def read(file: TensorFile) -> dict[str, Update]:
     """Every layer's update in another program's file, by the layer's name as the file writes it.
 
     For a PEFT folder's `adapter_model.safetensors`, the scales come from the `adapter_config.json` beside it.
 
     Raises:
-        AdapterFileError: the file cannot be read, or holds what `parse` does not take.
+        AdapterFileError: the file holds what `parse` does not take.
     """
-    tensors, metadata = read_safetensors(path)
-    beside = path.with_name(CONFIG_NAME)
-    if path.name == WEIGHTS_NAME and HEADER not in metadata and beside.is_file():
+    metadata, beside = file.metadata, file.path.with_name(CONFIG_NAME)
+    if file.path.name == WEIGHTS_NAME and HEADER not in metadata and beside.is_file():
         try:
-            metadata[HEADER] = beside.read_text(encoding="utf-8")
+            metadata = {**metadata, HEADER: beside.read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterFileError(f"{beside} cannot be read: {error}.") from error
-    return parse(tensors, metadata, str(path))
+    return parse(file.tensors, metadata, str(file.path))
 
 
 def parse(
@@ -83,23 +81,11 @@ def parse(
         AdapterFileError: there is nothing in it, or a tensor of a kind that is not known here; or a layer whose
             tensors are incomplete, not finite or do not fit each other.
     """
-    scales = from_header(metadata or {}, source)
+    scales = from_header(metadata, source) if metadata and metadata.get(HEADER) else None
     return {name: _update(name, kind, layer, scales, source) for name, kind, layer in _layers(tensors, source)}
 
 
-def identify(tensors: Mapping[str, Tensor], source: str = "The file") -> str:
-    """The method of a file: "lokr", "lora", "loha", "full" or "reference", or "mixed" for several.
-
-    Only names and shapes are looked at, so tensors on the meta device do.
-
-    Raises:
-        AdapterFileError: there is nothing in it, or a tensor of a kind that is not known here.
-    """
-    kinds = {kind for _, kind, _ in _layers(tensors, source)}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
-
-
-def _update(name: str, kind: str, layer: _Layer, scales: Scales, source: str) -> Update:
+def _update(name: str, kind: str, layer: _Layer, scales: Scales | None, source: str) -> Update:
     return _READERS[kind](LayerTensors(f"{source}: the layer {name}", name, layer.parts, scales))
 
 

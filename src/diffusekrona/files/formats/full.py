@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,7 +16,6 @@ PARTS = {".diff": "diff"}
 class Full(Update):
     """ΔW, in the shape of the weight."""
 
-    kind: ClassVar[str] = "full"
     diff: Tensor
 
     def delta(self) -> Tensor:
@@ -32,4 +30,4 @@ def read(layer: LayerTensors) -> Full:
         AdapterFileError: it is not finite.
     """
     layer.matrix("diff", (1, 2, 3, 4, 5))
-    return Full(layer.parts["diff"], **layer.common())
+    return Full(layer.parts["diff"], kind="full", **layer.common())

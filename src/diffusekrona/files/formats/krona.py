@@ -22,16 +22,21 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import AdapterFileError
-from ...storage import read_names, read_safetensors, safetensors_bytes, write_whole
+from ...storage import TensorFile, safetensors_bytes, write_whole
 from ...tuner.config import KronAConfig, KronAPeftType
-
-DENOISERS = ("unet", "transformer")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+from ...tuner.names import (
+    DENOISERS,
+    PEFT_PREFIX,
+    TEXT_ENCODERS,
+    in_component,
+    unwrapped_name,
+    without_component,
+    without_peft_prefix,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
-_HEADER = "krona"
+HEADER = "krona"
 _DIFFUSERS_HEADER = "lora_adapter_metadata"
 
 
@@ -54,110 +59,76 @@ def write(path: Path, adapters: Mapping[str, SavedAdapter]) -> None:
         OSError: the disk is full or not writable; files already there are as they were.
     """
     if path.suffix == ".safetensors":
-        tensors = {_join(part, key): t for part, saved in adapters.items() for key, t in saved.tensors.items()}
+        tensors = {in_component(part, key): t for part, saved in adapters.items() for key, t in saved.tensors.items()}
         write_whole({path: _content(tensors, {part: saved.config for part, saved in adapters.items()})})
         return
     weights, configs = {}, {}
     for part, saved in adapters.items():
-        tensors = {_PEFT_PREFIX + key: tensor for key, tensor in saved.tensors.items()}
+        tensors = {PEFT_PREFIX + key: tensor for key, tensor in saved.tensors.items()}
         weights[path / part / WEIGHTS_NAME] = _content(tensors, {"": saved.config})
         text = json.dumps(saved.config.to_dict(), indent=2, sort_keys=True) + "\n"
         configs[path / part / CONFIG_NAME] = text.encode()
     write_whole({**weights, **configs})
-    for part in _parts(path):
+    for part in saved_parts(path):
         if part not in adapters:
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 (path / part / name).unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, SavedAdapter]:
-    """Adapters by component ("" for a single model) from a file or folder of `write`, PEFT or Diffusers.
+def saved_parts(folder: Path) -> list[str]:
+    """The components, "" for a single model, of which a folder holds an adapter in PEFT's layout."""
+    names = ("", *DENOISERS, *TEXT_ENCODERS)
+    return [part for part in names if (folder / part / WEIGHTS_NAME).is_file()]
+
+
+def read(files: Mapping[str, TensorFile]) -> dict[str, SavedAdapter]:
+    """Adapters by component ("" for a single model) from what `write`, PEFT or Diffusers wrote.
+
+    Args:
+        files: by component, or one as "" that names its components itself.
 
     Raises:
-        AdapterFileError: nothing to read, a pickle, a damaged file, a missing or wrong config, or an adapter
-            of another method.
+        AdapterFileError: a missing or wrong config, or an adapter of another method.
     """
-    if not path.is_dir():
-        return _read_file(path)
-    parts = _parts(path)
-    if "" in parts:
-        return _read_file(path / WEIGHTS_NAME)
-    if parts:
-        return {part: _read_part(path / part / WEIGHTS_NAME) for part in parts}
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return _read_file(files[0])
-    found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
-    raise AdapterFileError(
-        f"{path} holds no {WEIGHTS_NAME}, neither itself nor in a component's folder, and not exactly one "
-        f"other .safetensors file. It holds: {found}."
-    )
-
-
-def foreign_files(path: Path) -> dict[str, Path]:
-    """Other programs' files at a path, by component, "" for one that names its components itself; none if it is ours.
-
-    A folder may hold one file, or PEFT's folder for each component. What cannot be read is left to `read` to report.
-    """
-    if path.is_dir():
-        parts = _parts(path)
-        files = {part: path / part / WEIGHTS_NAME for part in (parts if "" not in parts else [""])}
-        found = sorted(path.glob("*.safetensors"))
-        files = files or ({"": found[0]} if len(found) == 1 else {})
-    else:
-        files = {"": path}
-    try:
-        return {} if any(map(_is_ours, files.values())) else files
-    except AdapterFileError:
-        return {}
-
-
-def _is_ours(path: Path) -> bool:
-    names, metadata = read_names(path)
-    return _HEADER in metadata or any(".krona_" in name for name in names)
+    if "" in files:
+        return _adapters(files[""])
+    return {part: _only_adapter(file) for part, file in files.items()}
 
 
 def header_of(configs: Mapping[str, KronAConfig]) -> dict[str, str]:
     """The header entry of a file of ours: the components' configs, "" for a single model."""
     header = {"version": 1, "components": {part: config.to_dict() for part, config in configs.items()}}
-    return {_HEADER: json.dumps(header, sort_keys=True)}
+    return {HEADER: json.dumps(header, sort_keys=True)}
 
 
 def _content(tensors: Mapping[str, Tensor], configs: Mapping[str, KronAConfig]) -> bytes:
     return safetensors_bytes(tensors, header_of(configs))
 
 
-def _parts(folder: Path) -> list[str]:
-    names = ("", *DENOISERS, *TEXT_ENCODERS)
-    return [part for part in names if (folder / part / WEIGHTS_NAME).is_file()]
-
-
-def _read_part(path: Path) -> SavedAdapter:
-    adapters = _read_file(path)
+def _only_adapter(file: TensorFile) -> SavedAdapter:
+    adapters = _adapters(file)
     if set(adapters) != {""}:
         raise AdapterFileError(
-            f"{path} holds the components {sorted(adapters)}; a component's folder holds one, without a name."
+            f"{file.path} holds the components {sorted(adapters)}; a component's folder holds one, without a name."
         )
     return adapters[""]
 
 
-def _read_file(path: Path) -> dict[str, SavedAdapter]:
-    if not path.exists():
-        raise AdapterFileError(f"{path} does not exist.")
-    tensors, metadata = read_safetensors(path)
-    configs = _header_configs(path, metadata) or _config_beside(path)
-    adapters = {part: SavedAdapter(config, {}, path) for part, config in configs.items()}
-    for key, tensor in tensors.items():
+def _adapters(file: TensorFile) -> dict[str, SavedAdapter]:
+    configs = _header_configs(file.path, file.metadata) or _config_beside(file.path)
+    adapters = {part: SavedAdapter(config, {}, file.path) for part, config in configs.items()}
+    for key, tensor in file.tensors.items():
         part = "" if "" in adapters else key.partition(".")[0]
         if part not in adapters:
-            raise AdapterFileError(f"{path} holds {key!r}, but its config names only {sorted(adapters)}.")
-        adapters[part].tensors[_layer_key(key.removeprefix(_join(part, "")))] = tensor
+            raise AdapterFileError(f"{file.path} holds {key!r}, but its config names only {sorted(adapters)}.")
+        name = unwrapped_name(without_peft_prefix(without_component(part, key)))
+        adapters[part].tensors[name] = tensor
     return adapters
 
 
 def _header_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, KronAConfig]:
-    if _HEADER in metadata:
-        header = _parse_json(path, metadata[_HEADER])
+    if HEADER in metadata:
+        header = _parse_json(path, metadata[HEADER])
         components = header.get("components")
         if header.get("version") != 1:
             raise AdapterFileError(
@@ -208,12 +179,3 @@ def _config(path: Path, values: Any) -> KronAConfig:
         raise AdapterFileError(f"{path} holds a config that does not work: {error}") from error
     assert isinstance(config, KronAConfig)
     return config
-
-
-def _layer_key(key: str) -> str:
-    """A tensor's name without PEFT's prefix, and as if no other adapter had been around its layer."""
-    return key.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-
-
-def _join(part: str, key: str) -> str:
-    return f"{part}.{key}" if part else key

@@ -9,7 +9,6 @@ Scale      alpha / r with the layer's own `<layer>.alpha`; or as PEFT's config i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,7 +29,6 @@ class LoHa(Update):
         cores: the two Tucker cores, r × r × kernel, or None.
     """
 
-    kind: ClassVar[str] = "loha"
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor
@@ -73,5 +71,6 @@ def read(layer: LayerTensors) -> LoHa:
         layer.parts["w2_b"],
         layer.scale(w1_b.shape[0]),
         cores,
+        kind="loha",
         **layer.common(),
     )

@@ -11,49 +11,17 @@ Scale      alpha / r where a factor is a product, r being w2's if both are. Two 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .updates import LayerTensors, Update, flat, tucker
+from .updates import KroneckerUpdate, LayerTensors, flat, tucker
 
 PARTS = {f".lokr_{part}": part for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 """End of a tensor's name → part."""
 
-Factors = tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]
-"""A, B and s of ΔW = s · A ⊗ B; B may be given as B1 (b1 × r) and B2 (r × b2), whose product it is."""
 
-
-@dataclass(frozen=True, eq=False)
-class LoKr(Update):
-    """ΔW = scale · w1 ⊗ w2.
-
-    Attributes:
-        w1: a1 × a2, fp32.
-        w2: b1 × b2, fp32; a convolution's is b1 × b2 × kernel, or flat, b1 × (b2·kernel).
-        scale: s.
-        w2_parts: (b1 × r, r × b2), whose product w2 is, if the file holds it so.
-    """
-
-    kind: ClassVar[str] = "lokr"
-    w1: Tensor
-    w2: Tensor
-    scale: float
-    w2_parts: tuple[Tensor, Tensor] | None = None
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A, B and s, such that ΔW = s · A ⊗ B."""
-        return self.w1, self.w2, self.scale
-
-    def delta(self) -> Tensor:
-        """(s · w1) ⊗ w2."""
-        kernel = (1,) * (self.w2.dim() - 2)
-        return torch.kron((self.scale * self.w1).reshape(*self.w1.shape, *kernel), self.w2)
-
-
-def read(layer: LayerTensors) -> LoKr:
+def read(layer: LayerTensors) -> KroneckerUpdate:
     """One layer of a LoKr file; products are computed in fp32.
 
     Raises:
@@ -61,7 +29,9 @@ def read(layer: LayerTensors) -> LoKr:
     """
     w1, rank, _ = _factor(layer, "w1", (2,))
     w2, w2_rank, parts = _factor(layer, "w2", (2, 3, 4, 5))
-    return LoKr(w1, w2, layer.scale(w2_rank or rank), parts, **layer.common())
+    if parts is not None:
+        parts = parts[0], flat(parts[1])
+    return KroneckerUpdate(w1, flat(w2), layer.scale(w2_rank or rank), parts, kind="lokr", **layer.common())
 
 
 def _factor(
@@ -81,7 +51,7 @@ def _factor(
     return (a @ flat(b)).reshape(a.shape[0], *b.shape[1:]), b.shape[0], (a, b)
 
 
-def tensors(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+def tensors(layers: Mapping[str, tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]]) -> dict[str, Tensor]:
     """The tensors of a LoKr file: layer, in the naming of the programs it is for → A, B and s.
 
     w1 is s·A, and alpha is the rank, or 1 for whole factors, which have none: so programs that divide alpha by the
@@ -90,8 +60,8 @@ def tensors(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
     All are fp32 and on the CPU.
 
     Args:
-        layers: A is a1 × a2; B is b1 × b2, or b1 × b2 × kernel for a convolution; as a product B1 is b1 × r and B2
-            r × b2, or r × b2 × kernel.
+        layers: A, B and s of ΔW = s · A ⊗ B. A is a1 × a2; B is b1 × b2, or b1 × b2 × kernel for a convolution, or a
+            product, B1 of b1 × r and B2 of r × b2, or r × b2 × kernel.
     """
     named: dict[str, Tensor] = {}
     for layer, (A, B, scale) in layers.items():

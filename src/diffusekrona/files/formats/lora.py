@@ -10,7 +10,6 @@ Scale      alpha / r with the layer's own `<layer>.alpha`; or as PEFT's config i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -49,7 +48,6 @@ class LoRA(Update):
         mid: the Tucker core, r × r × kernel, or None.
     """
 
-    kind: ClassVar[str] = "lora"
     up: Tensor
     down: Tensor
     scale: float
@@ -80,5 +78,6 @@ def read(layer: LayerTensors) -> LoRA:
         layer.parts["down"],
         layer.scale(down.shape[0]),
         layer.parts.get("mid"),
+        kind="lora",
         **layer.common(),
     )

@@ -12,39 +12,10 @@ so its ΔW is A ⊗ B with the rows in another order: the layout that `KronAConf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-
-from .updates import LayerTensors, Update
+from .updates import KroneckerUpdate, LayerTensors
 
 
-@dataclass(frozen=True, eq=False)
-class Reference(Update):
-    """ΔW[k·a1 + i, j·b2 + l] = A[i, j] · B[k, l].
-
-    Attributes:
-        A: a1 × a2, fp32.
-        B: b1 × b2, fp32.
-    """
-
-    kind: ClassVar[str] = "reference"
-    A: Tensor
-    B: Tensor
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A, B and s = 1 for the layout "transposed"."""
-        return self.A, self.B, 1.0
-
-    def delta(self) -> Tensor:
-        """ΔW: d × h."""
-        (a1, a2), (b1, b2) = self.A.shape, self.B.shape
-        return torch.einsum("ij,kl->kijl", self.A, self.B).reshape(b1 * a1, a2 * b2)
-
-
-def read(layer: LayerTensors) -> Reference:
+def read(layer: LayerTensors) -> KroneckerUpdate:
     """One layer of the authors' checkpoint. Any two matrices make one: only the weight tells whether they fit.
 
     Raises:
@@ -54,4 +25,4 @@ def read(layer: LayerTensors) -> Reference:
     if "alpha" in layer.parts:
         raise layer.error("holds up and down of different ranks and an alpha, which neither LoRA nor DiffuseKronA has")
     down, up = layer.matrix("down"), layer.matrix("up")
-    return Reference(down.T, up, **layer.common())
+    return KroneckerUpdate(down.T, up, layout="transposed", kind="reference", **layer.common())

@@ -10,23 +10,22 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
 from ...errors import AdapterFileError
+from ...tuner.compat import get_pattern_key
+from ...tuner.names import without_component, without_peft_prefix
 
 HEADER = "lora_adapter_metadata"
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What PEFT's configs say: component → fields of its config, "" for a single model; nothing without a header."""
+    """What PEFT's configs say: component → fields of its config, "" for a single model."""
 
-    source: str = "The file"
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    source: str
+    configs: Mapping[str, Mapping[str, Any]]
 
     def of(self, layer: str, rank: int | None) -> float:
         """alpha / r of a layer, or with `use_rslora` alpha / √r; 1 if no config says anything about it.
@@ -39,7 +38,7 @@ class Scales:
         """
         for part, config in self.configs.items():
             if layer.startswith(f"{part}.") or not part:
-                name = layer.removeprefix(f"{part}.").removeprefix(PREFIX)
+                name = without_peft_prefix(without_component(part, layer))
                 alpha = self._value(config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha")))
                 if alpha is None:
                     return 1.0
@@ -71,13 +70,11 @@ class Scales:
 
 
 def from_header(metadata: Mapping[str, str], source: str) -> Scales:
-    """The configs of a file's header; none if it has no `lora_adapter_metadata`.
+    """The configs in a file's header, which has a `lora_adapter_metadata`.
 
     Raises:
         AdapterFileError: the entry is not a JSON object.
     """
-    if not metadata.get(HEADER):
-        return Scales(source)
     try:
         fields = json.loads(metadata[HEADER])
         items = list(fields.items())

@@ -6,12 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ...errors import AdapterFileError
+from ...kron.products import dense_update
+from ...kron.shapes import FactorShapes, Layout, stacked, terms_of
 from .scales import Scales
 
 
@@ -20,13 +22,13 @@ class Update(ABC):
     """The update ΔW of one layer's weight W, as another program's file holds it.
 
     Attributes:
-        kind: the method: "lokr", "lora", "loha", "full" or "reference".
+        kind: the method: "krona", "lokr", "lora", "loha", "full" or "reference".
         where: the file and the layer, for errors.
         parameters: how many numbers the file holds for it, alpha not counted.
         dora_scale: DoRA's magnitudes m, one per output (d × 1 …) or one per input (1 × h …); None without DoRA.
     """
 
-    kind: ClassVar[str]
+    kind: str = ""
     where: str = field(default="The update", repr=False)
     parameters: int = 0
     dora_scale: Tensor | None = None
@@ -57,6 +59,39 @@ class Update(ABC):
         return _decomposed(original + delta, self.dora_scale.to(weight.device), self.where) - original
 
 
+@dataclass(frozen=True, eq=False)
+class KroneckerUpdate(Update):
+    """ΔW = s · Σ A_r ⊗ B_r, which an adapter of ours can be as it is: of our own files, LoKr's and the paper authors'.
+
+    Attributes:
+        A: a1 × a2, or terms × a1 × a2, fp32.
+        B: b1 × b2, a convolution's with the kernel in its columns; or terms × b1 × b2; fp32.
+        scale: s.
+        b_parts: B1 (b1 × ρ) and B2 (ρ × b2), whose product B is, if the file holds it so.
+        layout: the order of the outputs, see `KronAConfig`.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+    b_parts: tuple[Tensor, Tensor] | None = None
+    layout: Layout = "kron"
+
+    @property
+    def shapes(self) -> FactorShapes:
+        """Of A and B, a convolution's kernel counted in b2."""
+        return FactorShapes(*self.A.shape[-2:], *self.B.shape[-2:])
+
+    @property
+    def num_terms(self) -> int:
+        """How many products are summed."""
+        return len(stacked(self.A))
+
+    def delta(self) -> Tensor:
+        """ΔW in fp32, d × h, a convolution's with the kernel in h."""
+        return dense_update(terms_of(self.scale * self.A, self.B), self.layout)
+
+
 class Common(TypedDict):
     """What every kind of update has."""
 
@@ -73,13 +108,13 @@ class LayerTensors:
         where: the file and the layer, for errors.
         name: the layer, as the file writes it.
         parts: part → tensor.
-        scales: what the file's header says about the layers' scales.
+        scales: what the file's header says about the layers' scales; None if it says nothing.
     """
 
     where: str
     name: str
     parts: Mapping[str, Tensor]
-    scales: Scales
+    scales: Scales | None = None
 
     def common(self) -> Common:
         """The fields that every kind of update has.
@@ -117,7 +152,7 @@ class LayerTensors:
         """
         alpha = self.parts.get("alpha")
         if alpha is None:
-            return self.scales.of(self.name, rank)
+            return 1.0 if self.scales is None else self.scales.of(self.name, rank)
         if alpha.numel() != 1:
             raise self.error(f"holds an alpha of shape {_by(alpha.shape)}, where one number is expected")
         return float(alpha) / rank if rank and float(alpha) else 1.0

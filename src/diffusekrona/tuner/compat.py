@@ -1,0 +1,117 @@
+"""Every name of PEFT, PyTorch, Diffusers and accelerate that is not public, and why we need it.
+
+A new version of one of them that moves such a name is met here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import peft.mapping
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    onload_layer,
+    set_adapter,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.integrations import dequantize_bnb_weight
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+
+__all__ = [  # of PEFT's, under their own names
+    "BaseTuner",  # what a tuner is derived from
+    "BaseTunerLayer",  # what all methods' layers are
+    "ModulesToSaveWrapper",  # around a module that an adapter trains in full
+    "NoMatchingPeftModuleError",  # target_modules fits nothing
+    "check_adapters_to_merge",  # which adapters a layer's merge is of
+    "dequantize_bnb_weight",
+    "get_pattern_key",  # which pattern of a config counts for a layer
+    "set_adapter",  # of one class of layers in a model
+]
+
+include_all_linear_layers = _maybe_include_all_linear_layers
+"""What `target_modules="all-linear"` means in a model."""
+
+is_targeted = check_target_module_exists
+"""Whether a config targets the layer of a name."""
+
+ADAPTED = "_hf_peft_config_loaded"
+"""The attribute by which Diffusers and transformers know that a model has adapters."""
+
+COMPILED = "_orig_mod"
+"""The attribute and prefix under which torch.compile's wrapper has the module that it is around."""
+
+
+def enter_in_peft(method: Any, config: type, tuner: type[BaseTuner], prefix: str) -> None:
+    """Make a method one of PEFT's. Its `register_peft_method` takes members of PEFT's own enum only."""
+    tables: Any = peft.mapping
+    tables.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config
+    tables.PEFT_TYPE_TO_TUNER_MAPPING[method] = tuner
+    tables.PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
+
+
+def tuner_of(method: Any) -> Any:
+    """The tuner of a method in PEFT's tables; None if it has none."""
+    tables: Any = peft.mapping
+    return tables.PEFT_TYPE_TO_TUNER_MAPPING.get(method)
+
+
+def execution_device(layer: Any) -> torch.device:
+    """Where a layer computes whose weight accelerate has offloaded to nowhere."""
+    return torch.device(getattr(getattr(layer, "_hf_hook", None), "execution_device", layer.weight.device))
+
+
+def onloaded(adapted: BaseTunerLayer) -> AbstractContextManager[None]:
+    """The weight of a layer's base in its place, and back to where accelerate lets it wait."""
+    base: Any = adapted.get_base_layer()
+    hooked = base.weight.is_meta and hasattr(base, "_hf_hook")
+    return onload_layer(adapted) if hooked else nullcontext()
+
+
+def offload_folder(module: nn.Module) -> str | None:
+    """The folder in which Diffusers' group offloading keeps a module's weights; None if it keeps none there."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    return None if hook is None else hook.config.offload_to_disk_path or None
+
+
+def is_feed_forward(module: nn.Module) -> bool:
+    """Whether a module is Diffusers' block of feed-forward layers."""
+    from diffusers.models.attention import FeedForward  # a second of processor time
+
+    return isinstance(module, FeedForward)
+
+
+def padding_of(convolution: nn.Conv2d) -> list[int]:
+    """A convolution's padding as `functional.pad` takes it, for the modes that need it."""
+    return convolution._reversed_padding_repeated_twice
+
+
+def has_listeners(layer: nn.Module) -> bool:
+    """Whether hooks or a replaced forward method want to see a layer's call."""
+    return bool(
+        "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is on: neither sees into autograd functions."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
