@@ -30,6 +30,7 @@ from diffusekrona.files.naming import (
     original_unet_name,
     resolve,
 )
+from diffusekrona.files.read import opened
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -166,7 +167,7 @@ def test_a_file_that_diffusers_wrote_is_found(tmp_path: Path, build: Callable[[]
         state = {k.replace(".default", ""): v for k, v in module.state_dict().items() if ".lora_" in k}
         layers[f"{part}_lora_layers"] = state
     type(pipe).save_lora_weights(tmp_path, **layers)
-    updates = foreign.read(next(tmp_path.glob("*.safetensors")))
+    updates = foreign.read(opened(tmp_path)[""])
     found = resolve(updates, models)
     assert set(found.values()) == {
         (part, name) for part, name in every_layer_below_adapters(models) if name.endswith(tuple(targets))

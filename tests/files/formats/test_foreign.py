@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
-from diffusekrona.files.read import opened
 from diffusekrona.files.formats.scales import HEADER
+from diffusekrona.files.read import opened
 
 ONE = torch.ones(2, 2)
 FILES: dict[str, dict[str, Tensor]] = {
@@ -25,14 +25,11 @@ FILES: dict[str, dict[str, Tensor]] = {
 
 @pytest.mark.parametrize(("kind", "tensors"), FILES.items())
 def test_a_method_is_told_by_its_tensors(kind: str, tensors: dict[str, Tensor]) -> None:
-    assert foreign.identify(tensors) == kind
-    assert foreign.identify({key: tensor.to("meta") for key, tensor in tensors.items()}) == kind
     assert {update.kind for update in foreign.parse(tensors).values()} == {kind}
 
 
 def test_a_file_may_mix_methods_from_layer_to_layer() -> None:
     tensors = {key: tensor for file in FILES.values() for key, tensor in file.items()}
-    assert foreign.identify(tensors) == "mixed"
     assert {name: update.kind for name, update in foreign.parse(tensors).items()} == {
         "a": "lokr",
         "b": "lora",
@@ -51,7 +48,7 @@ def test_a_layer_of_two_methods_is_refused() -> None:
 @pytest.mark.parametrize("part", ["alpha", "dora_scale"])
 def test_an_alpha_alone_is_no_update(part: str) -> None:
     with pytest.raises(AdapterFileError, match=f"the layer x holds only {part}, which is no update by itself"):
-        foreign.identify({f"x.{part}": torch.ones(1), "y.diff": ONE})
+        foreign.parse({f"x.{part}": torch.ones(1), "y.diff": ONE})
 
 
 def test_two_tensors_for_one_part_are_refused() -> None:
@@ -103,7 +100,9 @@ def test_a_config_beside_counts_only_for_pefts_own_file_name(tmp_path: Path) -> 
         save_file(tensors, tmp_path / name)
         assert torch.equal(foreign.read(opened(tmp_path / name)[""])["a"].delta(), torch.full((4, 4), scale))
     save_file(tensors, tmp_path / "adapter_model.safetensors", {HEADER: json.dumps({**config, "alpha": 2})})
-    assert torch.equal(foreign.read(opened(tmp_path / "adapter_model.safetensors")[""])["a"].delta(), torch.full((4, 4), 0.5))
+    assert torch.equal(
+        foreign.read(opened(tmp_path / "adapter_model.safetensors")[""])["a"].delta(), torch.full((4, 4), 0.5)
+    )
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json cannot be read"):

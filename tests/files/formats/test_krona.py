@@ -16,9 +16,15 @@ from torch import Tensor
 
 from diffusekrona import KronAConfig
 from diffusekrona.errors import AdapterFileError
-from diffusekrona.files.formats.krona import SavedAdapter, read, write
+from diffusekrona.files.formats import krona
+from diffusekrona.files.formats.krona import SavedAdapter, write
+from diffusekrona.files.read import opened
 
 FORMS = pytest.mark.parametrize("form", ["dog", "dog.safetensors"])
+
+
+def read(path: Path) -> dict[str, SavedAdapter]:
+    return krona.read(opened(path))
 
 
 def adapter(seed: int = 0, **fields: Any) -> SavedAdapter:

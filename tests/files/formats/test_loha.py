@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
+from diffusekrona.files.read import opened
 from tests.pipelines import tiny_sdxl_pipeline
 
 sides = st.integers(1, 5)
@@ -60,7 +61,7 @@ def test_the_update_of_a_file_that_diffusers_wrote_is_pefts(tmp_path: Path) -> N
     settings: dict[str, Any] = {"target_modules": ["to_q", "conv1"], "use_effective_conv2d": True}
     unet.add_adapter(LoHaConfig(r=4, alpha=1, init_weights=False, **settings))
     unet.save_lora_adapter(tmp_path)
-    updates = foreign.read(next(tmp_path.glob("*.safetensors")))
+    updates = foreign.read(opened(tmp_path)[""])
     assert len(updates) == sum(name.endswith((".to_q", ".conv1")) for name, _ in unet.named_modules())
     for name, update in updates.items():
         layer = unet.get_submodule(name)

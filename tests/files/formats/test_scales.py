@@ -14,10 +14,6 @@ def scales(**fields: Any) -> Scales:
     return from_header({"format": "pt", HEADER: json.dumps(fields)}, "dog.safetensors")
 
 
-def test_without_a_header_the_scale_is_one() -> None:
-    assert from_header({"format": "pt"}, "dog.safetensors").of("x", 4) == 1.0
-
-
 def test_lora_and_the_other_methods_call_alpha_differently() -> None:
     assert scales(r=4, lora_alpha=2).of("x", None) == 0.5
     assert scales(r=4, alpha=2).of("x", None) == 0.5
