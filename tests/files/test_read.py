@@ -1,17 +1,19 @@
 """Whether a saved adapter fits a model: what the error says."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusekrona import KronAConfig
+from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats.krona import SavedAdapter
 from diffusekrona.files.read import check_fit
+from diffusekrona.tuner.injected import krona_layers
 from tests.modules import network
 from tests.snapshots import unchanged
 
@@ -128,3 +130,23 @@ def test_copies_are_expected_of_a_module_that_another_adapter_copied() -> None:
     inject_adapter_in_model(KronAConfig(a1=2, a2=8, modules_to_save=["norm"]), model, "first")
     copies = {"norm.weight": torch.ones(24), "norm.bias": torch.zeros(24)}
     check_fit(model, saved({**fitting(), **copies}, modules_to_save=["norm"]))
+
+
+OPENED: list[str] = []
+sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize("name", ["dog", "dog.safetensors", "dog-lokr.safetensors"])
+def test_an_adapter_is_opened_once_and_nothing_is_drawn_at_random(name: str, tmp_path: Path) -> None:
+    trained, path = network(), tmp_path / name
+    for parameter in inject_krona(trained, KronAConfig(a1=2, a2=8)).parameters():
+        nn.init.normal_(parameter)
+    save_krona(trained, path, format="lokr" if "lokr" in name else "krona")
+    model = network()
+    before = torch.get_rng_state()
+    OPENED.clear()
+    load_krona(model, path)
+    assert [one.endswith(".safetensors") for one in OPENED if str(tmp_path) in one].count(True) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(krona_layers(trained).values(), krona_layers(model).values(), strict=True):
+        torch.testing.assert_close(other.get_delta_weight("default"), one.get_delta_weight("default"))

@@ -728,6 +728,17 @@ class TestMerging:
         layer.unmerge()
         assert same_bits(weight_of(layer), original)
 
+    def test_a_check_touches_neither_the_weight_nor_what_is_kept_to_unmerge_it(self):
+        layer = krona_layer("a", "b", dtype=torch.bfloat16)
+        original = weight_of(layer).clone()
+        layer.merge(adapter_names=["a"])
+        writes, kept = weight_of(layer)._version, layer.restoration
+        layer.check_mergeable(layer.merge_terms(["b"]))
+        assert weight_of(layer)._version == writes
+        assert layer.restoration is kept
+        layer.unmerge()
+        assert same_bits(weight_of(layer), original)
+
     def test_what_is_merged_already_counts_once_when_more_is_checked(self):
         layer = krona_layer("a", "b", dtype=torch.float16)
         original = weight_of(layer).clone()

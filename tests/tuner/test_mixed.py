@@ -1,5 +1,7 @@
 """KronA beside LoRA in one model, PEFT's mixed models among them."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,24 @@ def test_an_adapter_beside_a_lora_saves_and_loads_through_peft_as_if_alone(
     assert same_factors(PeftModel.from_pretrained(MLP.base(), tmp_path), alone)
     model.load_adapter(tmp_path, "again")
     assert same_factors(model, model, "default", "again")
+
+
+def test_peft_is_as_it_was_until_the_first_config_and_takes_one_beside_a_lora_then() -> None:
+    program = """
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import mixed
+from peft.tuners.mixed.model import PREFIXES, MixedModel
+before = dict(vars(MixedModel)), mixed.COMPATIBLE_TUNER_TYPES, list(PREFIXES)
+import diffusekrona
+assert (dict(vars(MixedModel)), mixed.COMPATIBLE_TUNER_TYPES, list(PREFIXES)) == before
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"]), "lora", mixed=True)
+model.add_adapter("krona", diffusekrona.KronAConfig(a1=2, a2=2, target_modules=["0"], init_b="normal"))
+x = torch.ones(1, 8)
+lora = model(x)
+model.set_adapter(["lora", "krona"])
+assert not torch.equal(model(x), lora)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr

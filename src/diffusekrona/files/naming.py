@@ -136,7 +136,7 @@ def layer_names(module: nn.Module) -> list[str]:
         if isinstance(child, BaseTunerLayer):
             names.append(name)
             inside = f"{name}."
-        elif name and child._parameters.get("weight") is not None:
+        elif name and any(own == "weight" for own, _ in child.named_parameters(recurse=False)):
             names.append(name)
     return names
 
