@@ -13,15 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from diffusekrona.kron.shapes import (
-    StepCost,
-    factor_shapes,
-    frozen_step,
-    krona_step,
-    lokr_step,
-    lora_step,
-    merging_pays,
-)
+from diffusekrona.kron.costs import StepCost, frozen_step, krona_step, lokr_step, lora_step, merging_pays
+from diffusekrona.kron.shapes import factor_shapes
 
 from .measuring import Shape
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusekrona import KronAConfig, KronALayer, KronAReport, inject_krona, krona_report
 from diffusekrona.errors import AdapterNameError, KronAError
-from diffusekrona.kron.shapes import frozen_step, krona_step, lokr_step, lora_step, merging_pays
+from diffusekrona.kron.costs import frozen_step, krona_step, lokr_step, lora_step, merging_pays
 from diffusekrona.report import LORA_RANK
 from diffusekrona.tuner.injected import krona_layers
 

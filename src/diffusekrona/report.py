@@ -15,18 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from .kron.shapes import (
-    BALANCE,
-    FactorShapes,
-    StepCost,
-    UpdateShapes,
-    frozen_step,
-    krona_step,
-    lokr_step,
-    lora_parameters,
-    lora_step,
-    merging_pays,
-)
+from .kron.costs import BALANCE, StepCost, frozen_step, krona_step, lokr_step, lora_step, merging_pays
+from .kron.shapes import FactorShapes, UpdateShapes, lora_parameters
 from .tuner.compat import BaseTunerLayer, ModulesToSaveWrapper
 from .tuner.components import adaptable_components, adapter_names, named_adapter
 from .tuner.injected import krona_layers

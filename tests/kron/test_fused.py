@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import KronALayer
+from diffusekrona.kron.costs import cheapest_order, krona_multiply_adds
 from diffusekrona.kron.fused import linear_with_kron
-from diffusekrona.kron.shapes import FactorShapes, cheapest_order, krona_multiply_adds
+from diffusekrona.kron.shapes import FactorShapes
 from tests.tensors import (
     LargestTensor,
     assert_all_close,

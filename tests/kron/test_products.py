@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import kron_linear
+from diffusekrona.kron.costs import krona_multiply_adds
 from diffusekrona.kron.products import KronRows, kron_linear_a_first, kron_linear_b_first
-from diffusekrona.kron.shapes import FactorShapes, krona_multiply_adds
+from diffusekrona.kron.shapes import FactorShapes
 from tests.tensors import (
     LargestTensor,
     assert_all_close,

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from diffusekrona import KronAConfig, inject_krona, krona_report, load_krona, merge_krona, save_krona, unmerge_krona
 from diffusekrona.errors import FactorShapeError
+from diffusekrona.kron.costs import cheapest_conv_order
 from diffusekrona.kron.products import kron_conv2d
-from diffusekrona.kron.shapes import FactorShapes, cheapest_conv_order
+from diffusekrona.kron.shapes import FactorShapes
 from diffusekrona.tuner.layer import KronAConv2d
 from tests.tensors import LargestTensor
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .shapes import FactorShapes, cheapest_order, merging_pays
+from .costs import cheapest_order, merging_pays
+from .shapes import FactorShapes
 
 
 def linear_with_kron(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .shapes import FactorShapes, Layout, cheapest_conv_order, cheapest_order
+from .costs import cheapest_conv_order, cheapest_order
+from .shapes import FactorShapes, Layout
 
 _Pair = int | tuple[int, ...]
 
