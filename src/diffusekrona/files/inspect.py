@@ -23,7 +23,7 @@ from .formats.loha import LoHa
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
 from .read import are_ours, krona_update, opened
-from .write import check_sayable
+from .write import check_fits_lokr
 
 METHODS = {
     "krona": "KronA",
@@ -165,7 +165,7 @@ def _ours_become(adapters: Mapping[str, SavedAdapter]) -> list[str]:
         return ["KronA: exactly"]
     try:
         for saved in adapters.values():
-            check_sayable(saved)
+            check_fits_lokr(saved)
     except AdapterFileError:
         return ["KronA: exactly", *_NEAREST, *_MERGED]
     return _EXACT + _MERGED

@@ -56,12 +56,12 @@ def lokr_bytes(
         metadata: more header entries, such as `ss_steps`; they win over those that are known here.
 
     Raises:
-        AdapterFileError: LoKr cannot say what an adapter is: several terms, the transposed layout, whole modules.
+        AdapterFileError: LoKr cannot hold an adapter: it has several terms, the transposed layout, or whole modules.
     """
     named = diffusers_name if naming == "lokr-diffusers" else kohya_name
     layers = {}
     for part, saved in adapters.items():
-        check_sayable(saved)
+        check_fits_lokr(saved)
         for name in target_layers(components[part], saved.config):
             layers[named(part, name, components)] = _factors(components[part], name, saved)
     tensors = lokr.tensors(layers)
@@ -69,13 +69,13 @@ def lokr_bytes(
     return safetensors_bytes(tensors, header)
 
 
-def check_sayable(saved: SavedAdapter) -> None:
-    """Raise `AdapterFileError` if LoKr cannot say what an adapter is."""
+def check_fits_lokr(saved: SavedAdapter) -> None:
+    """Raise `AdapterFileError` if LoKr cannot hold an adapter."""
     config = saved.config
     problem = (
         f"it sums {config.num_terms} products per layer and LoKr holds one: compress it to one term first"
         if config.num_terms > 1
-        else "its outputs are in the layout of the paper authors' code, which LoKr cannot say: merge it instead"
+        else "its outputs are in the order of the paper authors' code, which LoKr does not have: merge it instead"
         if config.layout != "kron"
         else f"it holds whole modules ({', '.join(config.modules_to_save)}) beside its factors"
         if config.modules_to_save
