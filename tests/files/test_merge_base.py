@@ -18,8 +18,8 @@ from diffusekrona import KronAConfig, inject_krona, merge_file, save_krona, unlo
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.base import BaseModelError
 from diffusekrona.errors import AdapterFileError, MergeError
+from diffusekrona.files.layouts.names import original_unet_name
 from diffusekrona.files.merge_base import checkpoint_layers, folder_components, merge_into_files
-from diffusekrona.files.naming import original_unet_name
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 

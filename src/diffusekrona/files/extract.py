@@ -17,8 +17,8 @@ from ..tuner.config import ATTENTION, KronAConfig
 from ..tuner.targets import target_layers
 from .convert import Conversion, Progress, Target, check_output, write_nearest
 from .formats.updates import Update
+from .layouts.names import foreign_names
 from .merge_base import folder_components
-from .naming import foreign_names
 from .read import Place
 from .write import Format
 

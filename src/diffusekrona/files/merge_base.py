@@ -24,8 +24,8 @@ from ..errors import MergeError
 from ..kron.exact import MERGEABLE_DTYPES
 from ..storage import read_names
 from ..tuner.names import DENOISERS, TEXT_ENCODERS
+from .layouts.names import foreign_names, layer_names, original_unet_name
 from .merge import merged
-from .naming import foreign_names, layer_names, original_unet_name
 from .read import Place, updates_in
 
 _ADAPTABLE = (*DENOISERS, *TEXT_ENCODERS)

@@ -19,7 +19,7 @@ from .formats import foreign
 from .formats import krona as krona_format
 from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
 from .formats.updates import KroneckerUpdate, Update
-from .naming import resolve
+from .layouts.names import resolve
 
 Place = tuple[str, str]
 """Component and name of a layer."""

@@ -14,7 +14,7 @@ from ..tuner.names import factor_name
 from ..tuner.targets import layer_alpha, layer_shapes, target_layers
 from .formats import lokr
 from .formats.krona import SavedAdapter
-from .naming import diffusers_name, kohya_name
+from .layouts.names import diffusers_name, kohya_name
 
 Format = Literal["krona", "lokr", "lokr-diffusers"]
 """Ours; LoKr with the names of kohya's scripts, LyCORIS and ComfyUI; LoKr with the names of Diffusers."""

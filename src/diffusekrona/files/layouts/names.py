@@ -20,9 +20,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import AdapterFileError
-from ..tuner.compat import BaseTunerLayer
-from ..tuner.names import DENOISERS, PEFT_PREFIX, TEXT_ENCODERS, in_component, unwrapped_name
+from ...errors import AdapterFileError
+from ...tuner.compat import BaseTunerLayer
+from ...tuner.names import DENOISERS, PEFT_PREFIX, TEXT_ENCODERS, in_component, unwrapped_name
 
 _KOHYA_PREFIXES = {
     "unet": ("lora_unet_",),

@@ -22,7 +22,7 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from diffusekrona import KronAConfig, architectures, inject_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
-from diffusekrona.files.naming import (
+from diffusekrona.files.layouts.names import (
     diffusers_name,
     foreign_names,
     kohya_name,

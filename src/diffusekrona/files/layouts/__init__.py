@@ -1,0 +1,1 @@
+"""How other programs name the layers of models."""
