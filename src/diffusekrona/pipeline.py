@@ -102,6 +102,15 @@ def inject_krona(
     Raises:
         FactorShapeError: a targeted layer cannot take its factors.
         AdapterNameError: the name is taken.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> krona = inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"]))
+        >>> {name: tuple(factor.shape) for name, factor in krona.named_parameters()}
+        {'0.krona_A': (4, 8), '0.krona_B': (16, 16)}
+        >>> sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        288
     """
     found = adaptable_components(model)
     check_free_name(found.values(), adapter_name)
@@ -222,6 +231,18 @@ def unmerge_krona(model: Any, adapter_names: str | list[str] | None = None) -> N
     Raises:
         MergeError: the weights were cast to another dtype while merged. Nothing has changed then.
         AdapterNameError: no adapter has one of the names.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(128, 64)).bfloat16()
+        >>> before = model[0].weight.clone()
+        >>> krona = inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"], init_weights=False))
+        >>> merge_krona(model)
+        >>> torch.equal(model[0].weight, before)
+        False
+        >>> unmerge_krona(model)
+        >>> torch.equal(model[0].weight, before)
+        True
     """
     components = adaptable_components(model)
     names = _known(components, adapter_names)

@@ -184,6 +184,16 @@ def krona_report(model: Any, adapter_name: str | None = None) -> KronAReport:
 
     Raises:
         AdapterNameError: no such adapter.
+
+    Examples:
+        >>> from diffusekrona import KronAConfig, inject_krona
+        >>> model = nn.Sequential(nn.Linear(128, 64))
+        >>> krona = inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"]))
+        >>> report = krona_report(model)
+        >>> report.parameters, report.lora_parameters
+        (288, 768)
+        >>> report.layers[0].highest_rank
+        64
     """
     components = adaptable_components(model)
     name = named_adapter(components, adapter_name)

@@ -32,6 +32,14 @@ def kron_linear(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     Raises:
         ValueError: A or B is not a matrix, or x's last dimension is not a2·b2.
+
+    Examples:
+        >>> A, B, x = torch.randn(4, 2), torch.randn(2, 3), torch.randn(5, 6)
+        >>> y = kron_linear(x, A, B)
+        >>> y.shape
+        torch.Size([5, 8])
+        >>> torch.allclose(y, x @ torch.kron(A, B).T, atol=1e-5)
+        True
     """
     shapes = _factor_shapes(x, A, B)
     product = kron_linear_a_first if cheapest_order(shapes) == "A first" else kron_linear_b_first

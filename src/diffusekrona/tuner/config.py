@@ -68,6 +68,11 @@ class KronAConfig(PeftConfig):
 
     Raises:
         ConfigError: a value that no layer could use.
+
+    Examples:
+        >>> config = KronAConfig(a1=4, a2=64, factor_pattern={"to_k|to_v": (2, 32)}, exclude_modules=["to_q"])
+        >>> config.factor_pattern["to_k|to_v"]
+        (2, 32)
     """
 
     a1: int = field(default=4, metadata={"help": "Rows of A; must divide the layer's outputs."})
