@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint bench base clean
+.PHONY: demo test lint docs bench base clean
 
 demo: .venv/ready
 	$(BIN)/python -m research.demo
@@ -15,6 +15,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Wrote site/index.html"
 
 bench: .venv/ready
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit; done
@@ -36,6 +40,11 @@ base: .venv/ready
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,quantized,training]'
 	@touch $@
 
+.venv/docs: .venv/ready
+	@echo "Making .venv: the documentation's site"
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
