@@ -53,6 +53,16 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).is_file()] == []
 
 
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=in_repository)
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    inline = re.findall(r"`([^`\s]+)`", FENCED.sub("", page.read_text(encoding="utf-8")))
+    named = [path for path in inline if re.match(r"(tests|research|recipes|studies|docs|benchmarks|models)/", path)]
+    named += [
+        f"src/diffusekrona/{path}" for path in inline if re.match(r"(kron|tuner|files|training|evaluation|cli)/", path)
+    ]
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 # Commands
 
 
