@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusekrona.base import BaseModelError, load_base
+from diffusekrona.base import BaseModelError, config_in_float32, load_base
 from diffusekrona.errors import KronAError
 from tests.pipelines import tiny_sd_pipeline
 
@@ -58,3 +60,38 @@ def test_a_damaged_folder_is_named(folder, tmp_path):
             target.write_bytes(path.read_bytes())
     with pytest.raises(BaseModelError, match=str(tmp_path)):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"dtype": "float16", "hidden_size": 8}, {"dtype": "float32", "hidden_size": 8}),
+        ({"torch_dtype": "bfloat16"}, {"dtype": "float32"}),
+        ({"hidden_size": 8}, {"dtype": "float32", "hidden_size": 8}),
+    ],
+)
+def test_a_configuration_comes_to_say_float32(before, after, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert json.loads(config_in_float32(tmp_path / "config.json")) == after
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dtype": "float32"},
+        {"torch_dtype": "float32"},
+        {"_class_name": "UNet2DConditionModel"},
+        {"dtype": "bfloat16", "quantization_config": {"quant_method": "bitsandbytes"}},
+    ],
+)
+def test_a_configuration_that_needs_no_change_stays_to_the_letter(config, tmp_path):
+    text = json.dumps(config, indent=7)
+    (tmp_path / "config.json").write_text(text)
+    assert config_in_float32(tmp_path / "config.json") == text
+
+
+@pytest.mark.parametrize("text", ["{", "7", ""])
+def test_a_configuration_that_is_none_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BaseModelError, match=r"config\.json is not a model's configuration"):
+        config_in_float32(tmp_path / "config.json")

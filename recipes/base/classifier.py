@@ -10,7 +10,7 @@ from research.judges.classifier import Judge
 from .art import CACHE, COLOURS, ROOT, STYLES, Renderer, background, concepts, to_image
 from .augmenting import Augmenter, bank_of
 from .judge import named_right
-from .training import Budget, fit, load_checkpoint, mixed, note, pick_device, save_checkpoint
+from .training import Budget, fit, load_checkpoint, mixed, note, pick_device, save_checkpoint, save_half
 
 BATCH = 96
 STEPS = 4000
@@ -66,7 +66,7 @@ def train() -> None:
 
     model.train()
     fit("classifier", budget, optimizer, one_step, checkpoint, SCHEDULE)
-    model.to(torch.float16).save_pretrained(FOLDER)
+    save_half(model, FOLDER)
     note(f"classifier done: {budget.step} steps, {budget.elapsed():.1f} min, {accuracy()}")
 
 

@@ -1,9 +1,11 @@
-"""Put the trained parts together as a `StableDiffusionXLPipeline` folder in half precision."""
+"""Put the trained parts together as a `StableDiffusionXLPipeline` folder, stored in half precision."""
 
 import json
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+
+from diffusekrona.base import config_in_float32
 
 from . import unet as unet_stage
 from . import vae as vae_stage
@@ -34,7 +36,7 @@ def export() -> None:
     for name in ("tokenizer", "tokenizer_2"):
         model.text.tokenizer.backend_tokenizer.model.save(str(FOLDER / name))  # what transformers 4 reads
     for file in FOLDER.glob("*/config.json"):
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(config_in_float32(file))
         config.pop("_name_or_path", None)  # where it lay while it was trained
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
@@ -42,6 +44,6 @@ def export() -> None:
 
 
 def load() -> StableDiffusionXLPipeline:
-    """The exported pipeline as a user loads it, in float32, on the chosen device."""
-    pipe: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    """The exported pipeline as a user loads it, in float32 and on the chosen device."""
+    pipe: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(FOLDER)
     return pipe.to(pick_device())

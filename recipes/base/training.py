@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from diffusekrona.base import config_in_float32
 
 from .art import CACHE
 
@@ -82,6 +85,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """The checkpoint at `path`, or None before the first one."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def save_half(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model in half precision; a plain `from_pretrained(folder)` gives it back in float32."""
+    model.to(torch.float16).save_pretrained(folder)
+    model.to(torch.float32)
+    config = folder / "config.json"
+    config.write_text(config_in_float32(config), encoding="utf-8")
 
 
 def fit(

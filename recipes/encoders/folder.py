@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from recipes.base.art import PIXELS
+from recipes.base.training import save_half
 
 CACHE = Path(__file__).parent / ".cache"
 
@@ -20,9 +20,8 @@ def image_settings() -> dict[str, Any]:
 
 
 def write_model(model: PreTrainedModel, folder: Path, processor: Any, words: CLIPTokenizer | None = None) -> None:
-    """In half precision, with what prepares its inputs."""
-    model.to(torch.float16).save_pretrained(folder)
-    model.to(torch.float32)
+    """Stored in half precision, with what prepares its inputs."""
+    save_half(model, folder)
     processor.save_pretrained(folder)
     if words is not None:
         words.save_pretrained(folder)

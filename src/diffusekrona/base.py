@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,28 @@ def base_configs(base: str | Path) -> Path:
         return Path(snapshot_download(str(base), allow_patterns="*.json"))
     except (OSError, ValueError) as error:
         raise _no_such_base(str(base), folder.absolute(), error) from error
+
+
+def config_in_float32(path: Path) -> str:
+    """A model's config.json, changed so that a plain `from_pretrained` of its folder gives float32.
+
+    Without a dtype, transformers takes the one in config.json, or that of the stored weights, while Diffusers takes
+    float32. A pipeline of both then fails at its first picture. Configurations of Diffusers' models and of quantized
+    ones stay as they are.
+
+    Raises:
+        BaseModelError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = dict(json.loads(text))
+    except (OSError, ValueError, TypeError) as error:
+        raise BaseModelError(f"{path} is not a model's configuration that can be read: {error}") from error
+    found = config.get("dtype", config.get("torch_dtype"))
+    if found == "float32" or "_class_name" in config or "quantization_config" in config:
+        return text
+    config.pop("torch_dtype", None)
+    return json.dumps({**config, "dtype": "float32"}, indent=2) + "\n"
 
 
 def default_device() -> torch.device:

@@ -55,6 +55,20 @@ def test_a_folder_gets_the_weights_that_merging_in_memory_gives_and_all_else_sta
             assert (tmp_path / "base" / file).read_bytes() == (tmp_path / "merged" / file).read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_folder_merged_from_a_half_precision_base_loads_without_a_dtype_and_draws(tmp_path, pipe, dtype):
+    pipe.to(dtype)
+    adapter = saved_adapter(pipe, tmp_path / "adapter.safetensors")
+    pipe.save_pretrained(tmp_path / "base")
+    merge_into_files(tmp_path / "base", adapter, tmp_path / "merged")
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    modules = [part for part in merged.components.values() if isinstance(part, nn.Module)]
+    assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
+    assert merged("a toy", num_inference_steps=1).images[0].size == (32, 32)
+    again = DiffusionPipeline.from_pretrained(tmp_path / "merged", dtype=dtype)
+    assert again.unet.dtype == again.text_encoder.dtype == dtype
+
+
 def test_weights_in_several_shards_are_all_merged(tmp_path, pipe):
     adapter = saved_adapter(pipe, tmp_path / "adapter.safetensors")
     pipe.save_pretrained(tmp_path / "base", max_shard_size="200KB")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import build_pipeline
-from ..base import BaseModelError
+from ..base import BaseModelError, config_in_float32
 from ..errors import MergeError
 from ..kron.exact import MERGEABLE_DTYPES
 from ..storage import read_names
@@ -49,7 +49,8 @@ class Spot:
 def merge_into_files(base: Path, adapter: Path, output: Path, weight: float = 1.0) -> int:
     """Write a model with an adapter merged into it: each changed weight is W + weight · ΔW, rounded once.
 
-    Everything else is copied as it is. The output appears when it is whole.
+    All other weights are copied as they are. Where no dtype is asked for, a folder loads in float32, whatever its
+    weights are stored in. The output appears when it is whole.
 
     Args:
         base: a folder in Diffusers' layout, or a single .safetensors file of SDXL or SD 1.x in its original layout.
@@ -85,6 +86,8 @@ def _merge_folder(base: Path, adapter: Path, output: Path, weight: float) -> int
                 names = foreign_names(part, components[part])
                 spots = {f"{alias}.weight": [Spot((part, name))] for alias, name in names.items()}
                 _rewrite(path, target, spots, changes, weight)
+            elif path.name == "config.json":
+                target.write_text(config_in_float32(path), encoding="utf-8")
             else:
                 shutil.copy2(path, target)
         _check_all_there(changes, staged, components)
