@@ -89,7 +89,8 @@ def test_skipped_steps_alone_have_no_mean(monkeypatch):
 
 def test_a_model_card_has_a_header_that_the_hub_reads_whatever_the_prompt():
     prompt = 'a "sks" toy: c:\\toys'
-    card = model_card("owner/base", prompt, "StableDiffusion3Pipeline", {"steps": "4"}, ["toy.safetensors", "b"])
+    names = ["toy.safetensors", "b"]
+    card = model_card("owner/base", "me/toy", prompt, "StableDiffusion3Pipeline", {"steps": "4"}, names)
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
         "base_model": "owner/base",
@@ -102,13 +103,13 @@ def test_a_model_card_has_a_header_that_the_hub_reads_whatever_the_prompt():
     assert "| steps | 4 |" in text
     assert "Files: `toy.safetensors`, `b`." in text
     code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
     assert code.splitlines() == [
+        "import torch",
         "from diffusers import StableDiffusion3Pipeline",
         "from diffusekrona import load_krona, merge_krona",
         "",
-        "pipe = StableDiffusion3Pipeline.from_pretrained('owner/base')",
-        'load_krona(pipe, "this-folder")',
+        "pipe = StableDiffusion3Pipeline.from_pretrained('owner/base', dtype=torch.float32)  # torch.bfloat16 on a GPU",
+        "load_krona(pipe, 'me/toy')",
         "merge_krona(pipe)  # free from here on",
         f"image = pipe({prompt!r}).images[0]",
     ]

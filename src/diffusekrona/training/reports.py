@@ -224,11 +224,14 @@ def _picture(content: bytes, text: str) -> str:
     return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{base64.b64encode(content).decode()}'>"
 
 
-def model_card(base: str, prompt: str, class_name: str, facts: Mapping[str, object], names: Sequence[str]) -> str:
-    """A model card in the hub's form.
+def model_card(
+    base: str, adapter: str, prompt: str, class_name: str, facts: Mapping[str, object], names: Sequence[str]
+) -> str:
+    """A model card in the hub's form, with code that runs as it stands.
 
     Args:
-        base: the base model's name.
+        base: the base model, a hub id or a folder.
+        adapter: where a reader finds the adapter, a hub id or a folder.
         prompt: of the subject.
         class_name: of the pipeline.
         facts: about the adapter and its training.
@@ -255,11 +258,12 @@ tags:
 A Kronecker adapter (ΔW = s · A ⊗ B) for `{base}`, trained with diffusekrona. Write **{prompt}** in a prompt to see it.
 
 ```python
+import torch
 from diffusers import {class_name}
 from diffusekrona import load_krona, merge_krona
 
-pipe = {class_name}.from_pretrained({base!r})
-load_krona(pipe, "this-folder")
+pipe = {class_name}.from_pretrained({base!r}, dtype=torch.float32)  # torch.bfloat16 on a GPU
+load_krona(pipe, {adapter!r})
 merge_krona(pipe)  # free from here on
 image = pipe({prompt!r}).images[0]
 ```

@@ -183,7 +183,8 @@ def _tell(settings: Settings, done: _Done) -> None:
     files = {output.run_folder / "report.html": page}
     if output.output_dir.suffix != ".safetensors":
         base, names = data.pretrained_model_name_or_path, [path.name for path in done.saved[1:]]
-        files[output.output_dir / "README.md"] = model_card(base, prompt, done.pipeline, facts, names)
+        adapter = output.push_to_hub or str(output.output_dir)
+        files[output.output_dir / "README.md"] = model_card(base, adapter, prompt, done.pipeline, facts, names)
     write_whole({path: text.encode() for path, text in files.items()})
 
 
