@@ -105,7 +105,7 @@ def run_demo(
     bits = _bits(pipe.unet)
     merge_krona(pipe)
     after = _generate(pipe, generation_steps)
-    entries = _entries_kept(pipe.unet)
+    entries = _stored_entries(pipe.unet)
     unmerge_krona(pipe)
 
     on_stage("drawing")
@@ -123,7 +123,7 @@ def run_demo(
         background_krona=_background_accuracy(judge, after),
         merged_difference=_largest_difference(unmerged, after),
         unmerge_exact=_bits(pipe.unet) == bits,
-        entries_kept=entries,
+        stored_entries=entries,
         picture=picture,
     )
     write_markdown(result, paths.output / "demo.md")
@@ -163,7 +163,7 @@ def _bits(unet: torch.nn.Module) -> list[bytes]:
     return [layer.weight.detach().numpy().tobytes() for layer in krona_layers(unet).values()]
 
 
-def _entries_kept(unet: torch.nn.Module) -> float:
+def _stored_entries(unet: torch.nn.Module) -> float:
     layers = list(krona_layers(unet).values())
-    kept = sum(layer.restoration.entries for layer in layers if isinstance(layer.restoration, Restoration))
-    return kept / sum(layer.weight.numel() for layer in layers)
+    stored = sum(layer.restoration.entries for layer in layers if isinstance(layer.restoration, Restoration))
+    return stored / sum(layer.weight.numel() for layer in layers)

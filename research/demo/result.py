@@ -23,7 +23,7 @@ class DemoResult:
         background_krona: the same with the adapter.
         merged_difference: largest difference of a pixel level, of 255, between merged and unmerged pictures.
         unmerge_exact: whether unmerging gave back every bit of the base's weights.
-        entries_kept: share of the adapted weights that an exact unmerge had to keep.
+        stored_entries: share of the adapted weights that an exact unmerge had to store.
         picture: path of the picture.
     """
 
@@ -39,5 +39,5 @@ class DemoResult:
     background_krona: float
     merged_difference: int
     unmerge_exact: bool
-    entries_kept: float
+    stored_entries: float
     picture: Path

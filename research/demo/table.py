@@ -27,7 +27,7 @@ def _rows(result: DemoResult) -> list[tuple[str, str, str]]:
             "weights after unmerging",
             "",
             f"{'every bit restored' if result.unmerge_exact else 'NOT restored'}, "
-            f"{result.entries_kept:.2%} of the entries kept for it",
+            f"{result.stored_entries:.2%} of the entries kept for it",
         ),
         ("the whole demo", "", f"{result.seconds:.0f} s"),
     ]

@@ -107,10 +107,10 @@ def _boxes(drawn: Tensor) -> list[tuple[float, float, float, float]]:
     """Of the connected parts of a mask, the largest first."""
     height, width = drawn.shape
     parts = _parts(drawn)
-    kept = [part & drawn for part in parts]
-    kept = sorted((part for part in kept if part.float().mean() >= LEAST_SHARE), key=lambda part: -int(part.sum()))
+    things = [part & drawn for part in parts]
+    things = sorted((part for part in things if part.float().mean() >= LEAST_SHARE), key=lambda part: -int(part.sum()))
     boxes = []
-    for part in kept:
+    for part in things:
         rows, columns = part.any(1).nonzero().flatten(), part.any(0).nonzero().flatten()
         top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
         boxes.append((left / width, top / height, right / width, bottom / height))

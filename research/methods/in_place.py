@@ -16,14 +16,14 @@ _DTYPE_MARK = "base_dtype"
 
 
 @dataclass
-class _Kept:
+class _Replaced:
     """What `put_back` needs of one component."""
 
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
-_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_replaced: WeakKeyDictionary[nn.Module, _Replaced] = WeakKeyDictionary()
 
 
 def copy_in_place(component: nn.Module, names: Collection[str]) -> None:
@@ -33,11 +33,11 @@ def copy_in_place(component: nn.Module, names: Collection[str]) -> None:
         component: a model. Where its own dtype is narrower, see `float32_inside`.
         names: as `named_parameters(remove_duplicate=False)` gives them.
     """
-    kept = _kept.setdefault(component, _Kept())
+    replaced = _replaced.setdefault(component, _Replaced())
     copies: dict[nn.Parameter, nn.Parameter] = {}
     found = dict(component.named_parameters(remove_duplicate=False))
     for name in names:
-        original = kept.originals[name] = found[name]
+        original = replaced.originals[name] = found[name]
         if original not in copies:
             copies[original] = nn.Parameter(original.detach().to(torch.float32, copy=True))
         _set(component, name, copies[original])
@@ -51,10 +51,10 @@ def float32_inside(component: nn.Module, module: nn.Module, dtype: torch.dtype) 
     def widen(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return _cast(args, torch.float32), _cast(kwargs, torch.float32)
 
-    def narrow(_: nn.Module, args: Any, said: Any) -> Any:
-        return _cast(said, dtype)
+    def narrow(_: nn.Module, args: Any, output: Any) -> Any:
+        return _cast(output, dtype)
 
-    hooks = _kept.setdefault(component, _Kept()).hooks
+    hooks = _replaced.setdefault(component, _Replaced()).hooks
     hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
     hooks.append(module.register_forward_hook(narrow))
     if module is component:
@@ -64,18 +64,18 @@ def float32_inside(component: nn.Module, module: nn.Module, dtype: torch.dtype) 
 
 def copies_of(component: nn.Module) -> dict[str, nn.Parameter]:
     """The copies in a component by name, each once."""
-    names = _kept[component].originals
+    names = _replaced[component].originals
     return {name: parameter for name, parameter in component.named_parameters() if name in names}
 
 
 def put_back(component: nn.Module) -> None:
     """The originals in place of the copies, on the device that these are on."""
-    kept = _kept.pop(component, _Kept())
-    for hook in kept.hooks:
+    replaced = _replaced.pop(component, _Replaced())
+    for hook in replaced.hooks:
         hook.remove()
     if _DTYPE_MARK in component._parameters:
         delattr(component, _DTYPE_MARK)
-    for name, original in kept.originals.items():
+    for name, original in replaced.originals.items():
         original.data = original.data.to(component.get_parameter(name).device)
         _set(component, name, original)
 

@@ -222,8 +222,8 @@ def saved_method(file: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str
         AdapterFileError: its header does not say.
     """
     try:
-        said = json.loads(metadata[HEADER])
-        name, options = said["method"], said["options"]
+        header = json.loads(metadata[HEADER])
+        name, options = header["method"], header["options"]
         if isinstance(name, str) and isinstance(options, dict):
             return name, options
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -22,7 +22,7 @@ from diffusekrona.training.data import ImagePlan, TrainingImage, load_folder
 from diffusekrona.training.dreambooth import training_resolution
 from diffusekrona.training.families import family_of
 from diffusekrona.training.loop import fit
-from diffusekrona.training.plan import Kept
+from diffusekrona.training.plan import SavedTensors
 from diffusekrona.training.reports import ready_to_draw
 from diffusekrona.training.runtime import seeded
 
@@ -41,7 +41,7 @@ APART = 10_000
 """How far the seeds of pictures without the subject are from those of pictures with it."""
 
 
-class Lab:
+class Measurer:
     """One process's base and encoders.
 
     Args:
@@ -93,7 +93,7 @@ class Lab:
         found: list[Record] = []
         trained = sum(p.numel() for p in parameters.values())
         costs: dict[str, Any] = {"parameters": trained}
-        kept = Kept(part for part in self._pipe.components.values() if isinstance(part, nn.Module))
+        saved = SavedTensors(part for part in self._pipe.components.values() if isinstance(part, nn.Module))
         counting = ExitStack()
         looked = 0.0
 
@@ -102,8 +102,8 @@ class Lab:
             began = time.monotonic()
             if done.step == 1:
                 counting.close()
-                costs["memory"] = kept.bytes + STATE * trained
-                kept.forget()
+                costs["memory"] = saved.bytes + STATE * trained
+                saved.clear()
             costs["seconds_per_step"] = (done.seconds - looked) / done.step
             if all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
                 for cell in by_step.get(done.step, []):
@@ -113,7 +113,7 @@ class Lab:
 
         try:
             with counting:
-                counting.enter_context(kept.counting())
+                counting.enter_context(saved.counting())
                 fit(self._pipe, images, parameters, config, on_step=look)
         except TrainingDivergedError:
             seen = {record.cell.key for record in found}

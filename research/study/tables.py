@@ -94,12 +94,12 @@ class CountedRow:
     def verdict(self) -> str:
         """What there is to say of the difference."""
         if self.agrees:
-            said = "as printed"
+            verdict = "as printed"
         elif self.recount is None or self.row.recount is None:
-            said = "not reproduced"
+            verdict = "not reproduced"
         else:
-            said = f"{self.row.recount.what}: {self.recount:,}"
-        return f"{said}. {self.row.note}" if self.row.note else said
+            verdict = f"{self.row.recount.what}: {self.recount:,}"
+        return f"{verdict}. {self.row.note}" if self.row.note else verdict
 
 
 def is_printed(count: int, printed: str) -> bool:

@@ -13,11 +13,11 @@ import torch
 from diffusekrona.errors import KronAError
 
 from .cells import Cell
-from .measuring import Lab
+from .measuring import Measurer
 from .records import Record, Records
 from .settings import StudySettings
 
-_lab: Lab | None = None
+_measurer: Measurer | None = None
 """A worker process's own."""
 
 
@@ -69,9 +69,9 @@ def _outcomes(
     settings: StudySettings, groups: Sequence[list[Cell]], workers: int
 ) -> Iterator[list[Record] | Exception]:
     if workers == 1 or len(groups) < 2:
-        lab = Lab(settings)
+        measurer = Measurer(settings)
         for group in groups:
-            yield _tried(lab, group)
+            yield _tried(measurer, group)
         return
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
@@ -91,18 +91,18 @@ def _outcomes(
 
 
 def _start(settings: StudySettings, threads: int) -> None:
-    global _lab
+    global _measurer
     torch.set_num_threads(threads)
-    _lab = Lab(settings)
+    _measurer = Measurer(settings)
 
 
 def _measure_here(group: list[Cell]) -> list[Record] | Exception:
-    assert _lab is not None
-    return _tried(_lab, group)
+    assert _measurer is not None
+    return _tried(_measurer, group)
 
 
-def _tried(lab: Lab, group: list[Cell]) -> list[Record] | Exception:
+def _tried(measurer: Measurer, group: list[Cell]) -> list[Record] | Exception:
     try:
-        return lab.measure(group)
+        return measurer.measure(group)
     except KronAError as error:
         return KronAError(f"{group[0].spec}, {group[0].subject}, seed {group[0].seed}: {error}")

@@ -66,8 +66,8 @@ def write_metadata(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> No
         DatasetError: there is a table, but a broken one.
     """
     path = folder / METADATA
-    kept = _metadata(path) if path.is_file() else {}
-    rows = {name: row for name, row in kept.items() if (folder / name).is_file()}
+    earlier = _metadata(path) if path.is_file() else {}
+    rows = {name: row for name, row in earlier.items() if (folder / name).is_file()}
     rows |= {name: {"file_name": name, **entry} for name, entry in entries.items()}
     lines = [json.dumps(rows[name], ensure_ascii=False) for name in sorted(rows)]
     write_whole({path: ("\n".join(lines) + "\n").encode()})

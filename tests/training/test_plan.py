@@ -9,7 +9,7 @@ from diffusekrona.base import BaseModelError
 from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of
-from diffusekrona.training.plan import Kept, Plan, plan
+from diffusekrona.training.plan import Plan, SavedTensors, plan
 from diffusekrona.training.settings import Settings
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import examples
@@ -54,11 +54,11 @@ def kept_bytes(pipe, chosen):
     modules = trained_modules(pipe, training)
     for module in modules:
         module.train()
-    kept = Kept(modules)
-    with kept.counting():
+    saved = SavedTensors(modules)
+    with saved.counting():
         loss = source.loss(0)
     del loss
-    return kept.bytes
+    return saved.bytes
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_text_encoders_that_are_trained_keep_activations_too(base):
     pipe, folder = base
     frozen, trained = plan(settings(folder)), plan(settings(folder, train_text_encoder=True))
     inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=True)
-    kept = Kept(text_encoders(pipe))
-    with kept.counting():
+    saved = SavedTensors(text_encoders(pipe))
+    with saved.counting():
         said = family_of(pipe).encode(["a sks toy"], torch.device("cpu"))
     assert all(tensor.requires_grad for tensor in said.values())
-    assert kept.bytes <= trained.activations - frozen.activations < 4 * kept.bytes
+    assert saved.bytes <= trained.activations - frozen.activations < 4 * saved.bytes
 
 
 def test_encoders_are_there_before_the_first_step_or_in_every_one(base):

@@ -19,7 +19,7 @@ from ..study import Page, Study, spec_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEPT = 0.9
+USEFUL_SHARE = 0.9
 """A learning rate is of use where its quality is at least this share of the method's best."""
 
 
@@ -61,7 +61,7 @@ class Stability(Study):
         arms, rates = self.arms(), self.learning_rates
         best = [best_of([arm for arm in arms if arm.series == label], results) for label in self.methods]
         explained = (
-            f"Learning rates of use are those with at least {KEPT:.0%} of the best quality of "
+            f"Learning rates of use are those with at least {USEFUL_SHARE:.0%} of the best quality of "
             "the same subject and seed, between measured ones by a straight line over their logarithms; how many "
             "powers of ten they cover says how much may be wrong with a guess. A spread is the standard deviation "
             "of a score over all learning rates, within a subject and a seed."
@@ -109,7 +109,7 @@ def _decades(rates: Sequence[float], qualities: Sequence[float]) -> float:
     """How many powers of ten the learning rates of use cover."""
     at = np.log10(rates)
     between = np.interp(np.linspace(at[0], at[-1], 2001), at, qualities)
-    return float((between >= KEPT * max(qualities)).mean() * (at[-1] - at[0]))
+    return float((between >= USEFUL_SHARE * max(qualities)).mean() * (at[-1] - at[0]))
 
 
 def _over(by_arm: Sequence[Sequence[Sequence[float]]], of: Callable[[Sequence[float]], float]) -> str:

@@ -186,14 +186,14 @@ def _fetched(source: str | Path, kind: str, part: str, load: Callable[..., Loade
             return load(folder, **options)
         return load(name, **options, **({"revision": revision} if revision else {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if folder.is_dir():
-            raise EvaluationError(f"The {part} of {kind} in {folder} cannot be loaded: {said}") from error
+            raise EvaluationError(f"The {part} of {kind} in {folder} cannot be loaded: {reason}") from error
         raise EvaluationError(
             f"There is no {part} of {kind} {str(source)!r}: no folder {folder.absolute()}, and neither the Hugging "
             "Face hub (unreachable, or without a model of that name in safetensors) nor its local cache had it. "
             "Check the spelling and the connection, or give a folder that save_pretrained wrote. "
-            f"The hub's client said: {said}"
+            f"The hub's client said: {reason}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from .data import TrainingImage
 from .encoding import LatentPosteriors, Texts
 from .families import Family
 from .objective import objective_of
-from .randomness import Draw, Order, generator_for
+from .randomness import Order, Sample, generator_for
 
 
 class Batches:
@@ -68,9 +68,9 @@ class Batches:
 
     def loss(self, number: int) -> Tensor:
         """Loss of a batch, a float32 scalar with gradients."""
-        draws = self._share(number)
-        latents, noise, levels = (part.to(self._accelerator.device) for part in self._drawn(draws))
-        images = [self._images[draw.index] for draw in draws]
+        samples = self._share(number)
+        latents, noise, levels = (part.to(self._accelerator.device) for part in self._latents_and_noise(samples))
+        images = [self._images[sample.index] for sample in samples]
         noisy = self._objective.add_noise(latents, noise, levels).to(self._family.dtype)
         sizes = torch.tensor([image.sizes for image in images], dtype=torch.float32, device=latents.device)
         with self._accelerator.autocast():
@@ -89,18 +89,18 @@ class Batches:
 
     def sources(self, number: int) -> list[str]:
         """The files that a batch's images come from."""
-        return [self._images[draw.index].source for draw in self._share(number)]
+        return [self._images[sample.index].source for sample in self._share(number)]
 
-    def _share(self, number: int) -> list[Draw]:
+    def _share(self, number: int) -> list[Sample]:
         size, rank = self._config.train_batch_size, self._accelerator.process_index
         return self._order.batch(number)[rank * size : (rank + 1) * size]
 
-    def _drawn(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+    def _latents_and_noise(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and noise levels, each the same whatever batch or process its image is in."""
         latents, noises, levels = [], [], []
-        for draw in draws:
-            generator = generator_for(self._config.seed, *draw.place)
-            latents.append(self._latents.sample(draw.index, generator))
+        for sample in samples:
+            generator = generator_for(self._config.seed, *sample.place)
+            latents.append(self._latents.sample(sample.index, generator))
             noise = torch.randn(latents[-1].shape, generator=generator)
             if self._config.noise_offset:
                 noise += self._config.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)

@@ -83,12 +83,12 @@ _SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 class LatentPosteriors:
     """Mean and standard deviation of each image's latents, scaled as the denoiser expects them.
 
-    With `flip`, each image is encoded mirrored as well, and every draw shows it either way with equal chance.
+    With `flip`, each image is encoded mirrored as well, and every sample shows it either way with equal chance.
 
     Args:
         vae: an `AutoencoderKL`; a half-precision one is run in float32, because SDXL's overflows in float16.
         images: RGB.
-        flip: whether draws may be mirrored.
+        flip: whether samples may be mirrored.
         device: where the autoencoder runs; it goes to the CPU afterwards unless it has to run in each step.
         keep: where the posteriors stay.
         folder: of their files, for "disk".
@@ -171,7 +171,7 @@ class Texts:
         encoders: the pipeline's text encoders.
         trained: whether gradients have to reach them, which takes them in every step.
         device: where they run; frozen ones go to the CPU afterwards unless they have to run in each step.
-        keep: where what frozen ones say stays.
+        keep: where the outputs of frozen ones stay.
         folder: of its files, for "disk".
     """
 
@@ -189,10 +189,10 @@ class Texts:
         self._family, self._device, self._trained = family, device, trained
         model = fingerprint(encoders) if keep == "disk" and not trained else ""
         keep = "none" if trained else keep
-        self._kept = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{_mark_of_text(text)}")
+        self._encoded = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{_mark_of_text(text)}")
         for encoder in encoders:
             encoder.to(device)
-        self._kept.prepare(dict.fromkeys(prompts))
+        self._encoded.prepare(dict.fromkeys(prompts))
         if keep != "none":
             for encoder in encoders:
                 encoder.to("cpu")
@@ -203,7 +203,7 @@ class Texts:
         if self._trained:
             tensors = self._family.encode(distinct, self._device)
         else:
-            each = [self._kept[prompt] for prompt in distinct]
+            each = [self._encoded[prompt] for prompt in distinct]
             tensors = {name: torch.stack([one[name] for one in each]).to(self._device) for name in each[0]}
         rows = [distinct.index(prompt) for prompt in prompts]
         return {name: tensor.to(self._family.dtype)[rows] for name, tensor in tensors.items()}

@@ -30,20 +30,20 @@ from .run import image_plan, training_images
 from .settings import Settings
 
 
-class Kept:
-    """What is kept for the backward pass: each memory once, and modules' own weights not."""
+class SavedTensors:
+    """The tensors that autograd saves for the backward pass: each memory once, and modules' own weights not."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._own = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
         self._seen: dict[int, Tensor] = {}
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def add(self, tensor: Tensor) -> Tensor:
         """Count a tensor."""
         if tensor.untyped_storage()._cdata not in self._own:
-            self._seen[tensor.untyped_storage()._cdata] = tensor  # which keeps the number from being given anew
+            self._seen[tensor.untyped_storage()._cdata] = tensor  # so that its number is not given anew
         return tensor
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Let go of all that was counted."""
         self._seen.clear()
 
@@ -53,8 +53,8 @@ class Kept:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
 
     def counting(self) -> AbstractContextManager[Any]:
-        """Count all that autograd keeps meanwhile."""
-        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        """Count all that autograd saves meanwhile."""
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
@@ -135,7 +135,9 @@ def plan(settings: Settings) -> Plan:
         side = training_resolution(pipe, data.resolution)
         images = training_images(settings, image_plan(settings, side, image_reduction(pipe)))
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
-        activations = _kept(trained, partial(_forward, pipe, training, side // pipe.vae_scale_factor, texts), training)
+        activations = _activation_bytes(
+            trained, partial(_forward, pipe, training, side // pipe.vae_scale_factor, texts), training
+        )
         idle = [module for module in (pipe.vae, *encoders) if module not in trained]
         weights, others = _bytes(trained), _bytes(idle)
     parameters = sum(p.numel() for p in krona.parameters())
@@ -174,17 +176,17 @@ def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list
     latents = torch.empty(count, pipe.vae.config.latent_channels, side, side, dtype=family.dtype)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(training.mixed_precision)
     with torch.autocast("cpu", half, enabled=half is not None):
-        said = [_encoded(encoder, texts) for encoder in text_encoders(pipe)] if training.train_text_encoder else []
-        example = {name: tensor.requires_grad_(bool(said)) for name, tensor in family.example(count).items()}
+        hidden = [_encoded(encoder, texts) for encoder in text_encoders(pipe)] if training.train_text_encoder else []
+        example = {name: tensor.requires_grad_(bool(hidden)) for name, tensor in family.example(count).items()}
         levels, sizes = torch.zeros(count, dtype=torch.long), torch.empty(count, 6)
-        return [family.predict(latents, levels, example, sizes), *said]
+        return [family.predict(latents, levels, example, sizes), *hidden]
 
 
 def _encoded(encoder: Any, texts: int) -> Tensor:
-    """What a text encoder says of as many tokens as the families' `encode` gives it."""
+    """The hidden states of a text encoder for as many tokens as the families' `encode` gives it."""
     tokens = getattr(encoder.config, "max_position_embeddings", T5_TOKENS)
-    said: Tensor = encoder(torch.zeros(texts, tokens, dtype=torch.long), output_hidden_states=True)[0]
-    return said
+    hidden: Tensor = encoder(torch.zeros(texts, tokens, dtype=torch.long), output_hidden_states=True)[0]
+    return hidden
 
 
 def _vae_config(folder: Path) -> dict[str, Any]:
@@ -195,15 +197,15 @@ def _vae_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _kept(modules: Sequence[Any], forward: Callable[[], Any], training: TrainingConfig) -> int:
+def _activation_bytes(modules: Sequence[Any], forward: Callable[[], Any], training: TrainingConfig) -> int:
     """Bytes that a forward pass keeps, and with checkpointing the most that a block keeps while it is recomputed."""
-    whole, blocks = Kept(modules), [0]
+    whole, blocks = SavedTensors(modules), [0]
 
     def block(function: Any, *inputs: Any) -> Any:
         for tensor in inputs:
             if isinstance(tensor, Tensor):
-                whole.keep(tensor)
-        inside = Kept(modules)
+                whole.add(tensor)
+        inside = SavedTensors(modules)
         with inside.counting():
             outputs = function(*inputs)
         blocks.append(inside.bytes)

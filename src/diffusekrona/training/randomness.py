@@ -20,12 +20,12 @@ def generator_for(seed: int, *purpose: int | str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Sample:
     """One image of one batch.
 
     Attributes:
         index: of the image.
-        place: of the draw among all of the run's, which decides its noise.
+        place: among all of the run's samples, which decides its noise.
     """
 
     index: int
@@ -55,13 +55,13 @@ class Order:
         self._turn = self._take_turns(len(kinds))
         self._passes: dict[int, tuple[int, list[int]]] = {}
 
-    def batch(self, number: int) -> list[Draw]:
+    def batch(self, number: int) -> list[Sample]:
         """The images of a batch, numbered from 0."""
         while len(self._turns) <= number:
             self._turns.append(next(self._turn))
         group, batch = self._turns[number]
         first = batch * self._batch_size
-        return [self._draw(group, position) for position in range(first, first + self._batch_size)]
+        return [self._sample(group, position) for position in range(first, first + self._batch_size)]
 
     def _take_turns(self, images: int) -> Iterator[tuple[int, int]]:
         """(group, how many batches it had before) of each batch."""
@@ -74,10 +74,10 @@ class Order:
             yield group, had[group]
             had[group] += 1
 
-    def _draw(self, group: int, position: int) -> Draw:
+    def _sample(self, group: int, position: int) -> Sample:
         members = self._groups[group]
         done, rank = divmod(position, len(members))
         if self._passes.get(group, (None,))[0] != done:
             generator = generator_for(self._seed, self._name, group, done)
             self._passes[group] = done, torch.randperm(len(members), generator=generator).tolist()
-        return Draw(members[self._passes[group][1][rank]], (self._name, group, position))
+        return Sample(members[self._passes[group][1][rank]], (self._name, group, position))

@@ -57,12 +57,12 @@ def sharded(
     Raises:
         TrainingConfigError: the weights are quantized, offloaded or of some other kind that cannot be split.
     """
-    kept = set(trained)
-    frozen = {name: weight for name, weight in denoiser.named_parameters() if weight not in kept}
+    excluded = set(trained)
+    frozen = {name: weight for name, weight in denoiser.named_parameters() if weight not in excluded}
     _check_splittable(frozen)
     name = next(name for name, part in pipe.components.items() if part is denoiser)
     stand_in = _copy_of_the_same_weights(denoiser)
-    _split(stand_in, kept, plugin)
+    _split(stand_in, excluded, plugin)
     setattr(pipe, name, stand_in)
     whole = False
     try:
@@ -95,19 +95,21 @@ def _copy_of_the_same_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _split(model: nn.Module, kept: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin) -> None:
-    device = next(iter(kept)).device.type  # accelerate's, where PyTorch would take any accelerator it finds
+def _split(model: nn.Module, excluded: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin) -> None:
+    device = next(iter(excluded)).device.type  # accelerate's, where PyTorch would take any accelerator it finds
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device, (torch.distributed.get_world_size(),)),
         "mp_policy": _precision(plugin),
         "offload_policy": _offloading(plugin),
-        "ignored_params": kept,
+        "ignored_params": excluded,
     }
     reshard = (plugin.sharding_strategy or plugin.reshard_after_forward) in (True, ShardingStrategy.FULL_SHARD)
     is_unit = _unit_policy(model, plugin)
     for part in reversed(list(model.modules())):  # what is within a part comes after it
         if part is model or (is_unit(part) and not isinstance(part, _CONTAINERS)):
-            before = [weight for weight in part.parameters() if weight not in kept and not isinstance(weight, DTensor)]
+            before = [
+                weight for weight in part.parameters() if weight not in excluded and not isinstance(weight, DTensor)
+            ]
             # The whole model's own few weights are needed at once again by the backward pass.
             fully_shard(part, reshard_after_forward=None if part is model else reshard, **options)
             for weight in before:  # which the denoiser still has

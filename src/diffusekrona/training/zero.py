@@ -60,8 +60,8 @@ def _zero_settings() -> dict[str, Any]:
     file = os.environ.get(f"{_NAMES}CONFIG_FILE", "none")
     if file != "none":
         try:
-            said = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
-            found |= {name: value for name, value in said.items() if value != "auto"}
+            config = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+            found |= {name: value for name, value in config.items() if value != "auto"}
             found["stage"] = int(found["stage"])
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise TrainingConfigError(f"DeepSpeed's configuration {file} cannot be read: {error}") from error

@@ -59,7 +59,7 @@ def test_it_leaves_the_adapter_the_picture_and_the_table(paths: DemoPaths, resul
 def test_merged_and_unmerged_pictures_agree_and_unmerging_is_exact(result: DemoResult) -> None:
     assert result.merged_difference <= 2
     assert result.unmerge_exact
-    assert 0 < result.entries_kept < 0.5
+    assert 0 < result.stored_entries < 0.5
 
 
 def test_its_numbers_are_shares_and_sizes(paths: DemoPaths, result: DemoResult) -> None:

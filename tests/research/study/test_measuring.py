@@ -1,4 +1,4 @@
-"""What a lab says of a model is what the model's own pictures say."""
+"""What is measured of a model is what the model's own pictures say."""
 
 import time
 from dataclasses import replace
@@ -23,7 +23,7 @@ from diffusekrona.training.loop import fit
 from research.judges.scenes import COLOURS
 from research.methods import method_from
 from research.study.cells import BASE, Cell, Spec, View
-from research.study.measuring import APART, Lab
+from research.study.measuring import APART, Measurer
 from research.study.sheets import sheet_of
 
 STRONG = {"learning_rate": 0.5}
@@ -33,8 +33,8 @@ PROMPTS = ["a sks toy on a red background", "a small sks toy on a blue backgroun
 
 
 @pytest.fixture(scope="module")
-def lab(settings):
-    return Lab(settings)
+def measurer(settings):
+    return Measurer(settings)
 
 
 def scores_by_hand(settings, pipe):
@@ -59,9 +59,9 @@ def settings_folder(settings):
     return Path(settings.subjects["bear"].images)
 
 
-def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, lab):
+def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, measurer):
     cell = Cell(Spec("krona", KRONA, STRONG), View(), "bear", 3)
-    (record,) = lab.measure([cell])
+    (record,) = measurer.measure([cell])
     pipe = load_base(settings.base)
     trained = train_dreambooth(
         pipe,
@@ -79,8 +79,8 @@ def test_a_trained_adapter_is_scored_as_its_own_pictures_are(settings, lab):
     assert record.found["bytes"] > 4 * record.found["parameters"]
 
 
-def test_the_base_is_scored_as_it_is(settings, lab):
-    (record,) = lab.measure([Cell(Spec(BASE), View(), "bear", 0)])
+def test_the_base_is_scored_as_it_is(settings, measurer):
+    (record,) = measurer.measure([Cell(Spec(BASE), View(), "bear", 0)])
     expected = scores_by_hand(settings, load_base(settings.base))
     assert {name: record.found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert record.found["drift"] == pytest.approx(0, abs=1e-12)
@@ -93,8 +93,8 @@ def test_pictures_are_read_beside_their_own_prompts_where_prompts_are_of_scenes(
 
     monkeypatch.setattr("research.study.measuring.generate_images", painted)
     base = [Cell(Spec(BASE), View(), "bear", 0)]
-    assert Lab(settings).measure(base)[0].found["background"] == 1.0
-    (plain,) = Lab(replace(settings, scenes=False)).measure(base)
+    assert Measurer(settings).measure(base)[0].found["background"] == 1.0
+    (plain,) = Measurer(replace(settings, scenes=False)).measure(base)
     assert "background" not in plain.found
     assert "obeyed" not in plain.found
 
@@ -103,17 +103,17 @@ def test_views_of_one_model_are_what_each_alone_would_be(settings):
     spec = Spec("lora", {"rank": 2}, {**STRONG, "max_train_steps": 3})
     views = [View(step=1), View(), View(guidance_scale=3.0), View(inference_steps=2), View(step=2, spectrum=True)]
     cells = [Cell(spec, view, "car", 0) for view in views]
-    together = {record.cell.key: record.found for record in Lab(settings).measure(cells)}
+    together = {record.cell.key: record.found for record in Measurer(settings).measure(cells)}
     assert len(together) == len(cells)
     for cell in cells:
-        (alone,) = Lab(settings).measure([cell])
+        (alone,) = Measurer(settings).measure([cell])
         for name in ("dino", "clip_t", "drift", "loss"):
             assert together[cell.key][name] == pytest.approx(alone.found[name], abs=1e-6), (cell.view, name)
     assert together[cells[-1].key]["spectrum"]["layers"] > 1
 
 
-def test_costs_are_what_autograd_keeps_and_adamw_needs_and_the_saved_files_have(settings, lab, tmp_path):
-    (record,) = lab.measure([Cell(Spec("lora", {"rank": 2}, STRONG), View(), "bear", 0)])
+def test_costs_are_what_autograd_keeps_and_adamw_needs_and_the_saved_files_have(settings, measurer, tmp_path):
+    (record,) = measurer.measure([Cell(Spec("lora", {"rank": 2}, STRONG), View(), "bear", 0)])
     pipe = load_base(settings.base)
     method = method_from("lora", rank=2)
     parameters = method.prepare(pipe)
@@ -136,7 +136,7 @@ def test_costs_are_what_autograd_keeps_and_adamw_needs_and_the_saved_files_have(
     assert record.found["bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_seconds_of_a_step_are_without_those_of_looking(lab, monkeypatch):
+def test_seconds_of_a_step_are_without_those_of_looking(measurer, monkeypatch):
     now = 0.0
 
     def taking(seconds, function):
@@ -149,60 +149,60 @@ def test_seconds_of_a_step_are_without_those_of_looking(lab, monkeypatch):
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(torch.Tensor, "backward", taking(7.0, torch.Tensor.backward))
-    monkeypatch.setattr(Lab, "_seen", taking(100.0, Lab._seen))
+    monkeypatch.setattr(Measurer, "_seen", taking(100.0, Measurer._seen))
     cells = [Cell(Spec("krona", KRONA, STRONG), View(step=step), "bear", 0) for step in (1, 2)]
-    assert [record.found["seconds_per_step"] for record in lab.measure(cells)] == [7.0, 7.0]
+    assert [record.found["seconds_per_step"] for record in measurer.measure(cells)] == [7.0, 7.0]
 
 
-def test_a_view_may_be_of_more_steps_than_usual_or_of_fewer(lab, monkeypatch):
+def test_a_view_may_be_of_more_steps_than_usual_or_of_fewer(measurer, monkeypatch):
     done = []
     plain = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **options: done.append(1) or plain(*args, **options))
     for steps in (1, 3):
-        (record,) = lab.measure([Cell(Spec("krona", KRONA, STRONG), View(step=steps), "bear", 0)])
+        (record,) = measurer.measure([Cell(Spec("krona", KRONA, STRONG), View(step=steps), "bear", 0)])
         assert record.cell.view.step == steps
         assert len(done) == steps
         done.clear()
 
 
 @pytest.mark.parametrize("name", ["krona", "lora", "lokr", "loha", "svdiff", "custom-diffusion", "dreambooth"])
-def test_every_method_leaves_the_base_as_it_was(lab, name):
+def test_every_method_leaves_the_base_as_it_was(measurer, name):
     options = KRONA if name == "krona" else {}
-    before = {key: value.clone() for key, value in lab._pipe.unet.state_dict().items()}
-    (record,) = lab.measure([Cell(Spec(name, options, {"learning_rate": 1e-2}), View(), "bear", 0)])
+    before = {key: value.clone() for key, value in measurer._pipe.unet.state_dict().items()}
+    (record,) = measurer.measure([Cell(Spec(name, options, {"learning_rate": 1e-2}), View(), "bear", 0)])
     assert record.found["parameters"] > 0
-    after = lab._pipe.unet.state_dict()
+    after = measurer._pipe.unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_model_that_diverges_is_recorded_as_one(lab):
+def test_a_model_that_diverges_is_recorded_as_one(measurer):
     cells = [Cell(Spec("krona", KRONA, {"learning_rate": 1e30}), View(step=step), "bear", 0) for step in (1, 2)]
-    records = lab.measure(cells)
+    records = measurer.measure(cells)
     assert [record.cell.view.step for record in records] == [1, 2]
     assert records[-1].found["diverged"] is True
     assert "dino" not in records[-1].found
 
 
-def test_an_infinite_factor_after_the_last_step_has_no_scores(lab):
-    (record,) = lab.measure([Cell(Spec("krona", KRONA, {"learning_rate": 1e39}), View(step=1), "bear", 0)])
+def test_an_infinite_factor_after_the_last_step_has_no_scores(measurer):
+    (record,) = measurer.measure([Cell(Spec("krona", KRONA, {"learning_rate": 1e39}), View(step=1), "bear", 0)])
     assert record.found["diverged"] is True
     assert "dino" not in record.found
 
 
-def test_fewer_pictures_are_the_first_ones(settings, lab):
+def test_fewer_pictures_are_the_first_ones(settings, measurer):
     one = Cell(Spec("krona", KRONA, STRONG, images=1), View(), "bear", 0)
     two = Cell(Spec("krona", KRONA, STRONG, images=2), View(), "bear", 0)
     every = Cell(Spec("krona", KRONA, STRONG), View(), "bear", 0)
-    dino = [lab.measure([cell])[0].found["dino"] for cell in (one, two, every)]
+    dino = [measurer.measure([cell])[0].found["dino"] for cell in (one, two, every)]
     assert dino[0] != dino[1] == dino[2]
 
 
-def test_an_unknown_method_is_named(lab):
+def test_an_unknown_method_is_named(measurer):
     with pytest.raises(KronAError, match=r"'krone'.*krona"):
-        lab.measure([Cell(Spec("krone"), View(), "bear", 0)])
+        measurer.measure([Cell(Spec("krone"), View(), "bear", 0)])
 
 
 def test_a_missing_base_is_named_before_anything_is_trained(settings, tmp_path):
     with pytest.raises(KronAError, match="nowhere"):
-        Lab(replace(settings, base=str(tmp_path / "nowhere")))
+        Measurer(replace(settings, base=str(tmp_path / "nowhere")))

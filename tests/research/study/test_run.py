@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from diffusekrona.errors import KronAError
-from research.study.measuring import Lab
+from research.study.measuring import Measurer
 from research.study.records import Records
 from research.study.results import Results
 from research.study.run import chosen_study, quick, run_study
@@ -95,8 +95,8 @@ def test_a_study_goes_on_where_it_was_killed(smaller, tmp_path, monkeypatch):
         run_study(study, smaller, tmp_path / "part", on_record=killed)
     assert len(Records(tmp_path / "part" / "records.jsonl", smaller.shared())) == 1
     asked = []
-    plain = Lab.measure
-    monkeypatch.setattr(Lab, "measure", lambda self, cells: asked.extend(cells) or plain(self, cells))
+    plain = Measurer.measure
+    monkeypatch.setattr(Measurer, "measure", lambda self, cells: asked.extend(cells) or plain(self, cells))
     part = run_study(study, smaller, tmp_path / "part")
     assert len(asked) == 1
     assert without_times(part) == without_times(whole)

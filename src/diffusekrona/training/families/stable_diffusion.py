@@ -61,7 +61,7 @@ class StableDiffusion:
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         """What the UNet says."""
         added = {"added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": sizes}} if self._is_sdxl else {}
-        said: Tensor = self._pipe.unet(
+        prediction: Tensor = self._pipe.unet(
             noisy, timesteps, encoder_hidden_states=text["hidden"], return_dict=False, **added
         )[0]
-        return said
+        return prediction

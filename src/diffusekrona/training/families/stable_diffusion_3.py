@@ -45,11 +45,11 @@ class StableDiffusion3:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         """What the transformer says; it is not told of sizes."""
-        said: Tensor = self._pipe.transformer(
+        prediction: Tensor = self._pipe.transformer(
             hidden_states=noisy,
             timestep=timesteps,
             encoder_hidden_states=text["hidden"],
             pooled_projections=text["pooled"],
             return_dict=False,
         )[0]
-        return said
+        return prediction
