@@ -16,8 +16,7 @@ from diffusekrona.base import default_device
 from diffusekrona.cli import Commands
 from diffusekrona.cli.progress import progress
 
-from .plan import outlook
-from .run import chosen_study, quick, run_study
+from .run import chosen_study, plan_study, quick, run_study
 from .settings import read_study_settings
 from .studies import STUDIES
 from .study import Study
@@ -70,7 +69,7 @@ def _add(kind: type[Study]) -> None:
         study = chosen_study(kind.name, settings, seeds)
         if plan:
             table = Table(box=None, show_header=False, pad_edge=False)
-            for name, value in outlook(study, settings, output).items():
+            for name, value in plan_study(study, settings, output).items():
                 table.add_row(name, value)
             console.print(table)
             return

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
 
 from .cells import Arm, Cell
+from .estimate import Estimate, estimate
 from .records import Records
 from .settings import StudySettings
 from .sheets import pictures_on
-from .statistics import Estimate, estimate
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from .study import Study
 
 
+@dataclass(frozen=True)
 class Results:
-    """The records of a study's arms."""
+    """The records of arms on subjects with seeds.
 
-    def __init__(self, study: Study, settings: StudySettings, records: Records) -> None:
-        self._study, self._settings, self._records = study, settings, records
+    Attributes:
+        subjects: their names.
+        seeds: of the trainings.
+        settings: of all studies.
+        records: all that is measured, of these subjects and seeds and of others.
+    """
 
-    def of(self, study: Study) -> Results:
-        """The same records, of another study's subjects and seeds."""
-        return Results(study, self._settings, self._records)
+    subjects: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: StudySettings
+    records: Records
 
     def found(self, arm: Arm, what: str) -> list[list[float]]:
         """One number of every cell of an arm, a list for each subject; cells that diverged have none."""
@@ -34,17 +38,14 @@ class Results:
     def _by_subject(self, arm: Arm, what: str) -> dict[str, dict[int, float]]:
         groups: dict[str, dict[int, float]] = {}
         for subject, cells in self._measured(arm).items():
-            values = {cell.seed: _deep(self._records[cell].found, what) for cell in cells}
+            values = {cell.seed: _deep(self.records[cell].found, what) for cell in cells}
             groups[subject] = {seed: float(value) for seed, value in values.items() if value is not None}
         return groups
 
     def _measured(self, arm: Arm) -> dict[str, list[Cell]]:
         """An arm's cells that have a record, by subject."""
-        cells = {
-            subject: [Cell(arm.spec, arm.view, subject, seed) for seed in self._study.seeds]
-            for subject in self._study.subjects_in(self._settings)
-        }
-        return {subject: [cell for cell in group if cell in self._records] for subject, group in cells.items()}
+        cells = {subject: [Cell(arm.spec, arm.view, subject, seed) for seed in self.seeds] for subject in self.subjects}
+        return {subject: [cell for cell in group if cell in self.records] for subject, group in cells.items()}
 
     def estimate(self, arm: Arm, what: str) -> Estimate:
         """Mean and interval of one number."""
@@ -65,15 +66,15 @@ class Results:
 
         Where that share is not known, CLIP-T stands for it. Models that diverged have none of either.
         """
-        return [[_quality(self._records[cell].found) for cell in group] for group in self._measured(arm).values()]
+        return [[_quality(self.records[cell].found) for cell in group] for group in self._measured(arm).values()]
 
     def pictures(self, arms: Sequence[Arm]) -> list[dict[str, Image.Image]] | None:
         """Each arm's pictures by prompt, of the first subject and seed of which there are pictures of all arms."""
-        for subject in self._study.subjects_in(self._settings):
-            for seed in self._study.seeds:
-                sheets = [self._records.sheet_of(Cell(arm.spec, arm.view, subject, seed)) for arm in arms]
+        for subject in self.subjects:
+            for seed in self.seeds:
+                sheets = [self.records.sheet_of(Cell(arm.spec, arm.view, subject, seed)) for arm in arms]
                 if all(sheet.exists() for sheet in sheets):
-                    prompts = self._settings.prompts
+                    prompts = self.settings.prompts
                     rows = [pictures_on(sheet, len(prompts)) for sheet in sheets]
                     return [dict(zip(prompts, row, strict=True)) for row in rows]
         return None

@@ -1,4 +1,4 @@
-"""A study from its name to its page."""
+"""A study from its name to its plan, its measurements and its page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from diffusekrona.errors import KronAError
 from diffusekrona.images import figure_png
 from diffusekrona.storage import write_whole
 
+from ..methods import method_from
+from .cells import BASE
 from .records import Records
-from .results import Results
 from .settings import StudySettings
 from .studies import STUDIES
 from .study import Study
@@ -48,6 +49,34 @@ def quick(settings: StudySettings) -> StudySettings:
     )
 
 
+def plan_study(study: Study, settings: StudySettings, folder: Path) -> dict[str, str]:
+    """How many models a study would train, for how many steps, and how many pictures it would draw.
+
+    Nothing is loaded. All methods' options, training settings and folders of pictures are checked on the way.
+
+    Raises:
+        KronAError: one of them cannot be used.
+    """
+    settings.check_folders()
+    records = Records(folder / "records.jsonl", settings.shared())
+    cells = study.cells(settings, records)
+    missing = [cell for cell in cells if cell not in records]
+    steps: dict[str, int] = {}
+    for cell in missing:
+        if cell.spec.method != BASE:
+            method_from(cell.spec.method, **cell.spec.options)
+            last = cell.view.step or settings.config(cell.spec.training).max_train_steps
+            steps[cell.model_key] = max(last, steps.get(cell.model_key, 0))
+    pictures = len(missing) * (len(settings.prompts) + len(settings.other_prompts))
+    return {
+        "measured already": f"{len(cells) - len(missing)} of {len(cells)}",
+        "models to train": f"{len(steps)}",
+        "optimizer steps": f"{sum(steps.values()):,}",
+        "pictures to draw": f"{pictures:,}",
+        "then": study.afterwards,
+    }
+
+
 def run_study(
     study: Study,
     settings: StudySettings,
@@ -82,7 +111,7 @@ def write_page(study: Study, settings: StudySettings, records: Records, folder: 
 
     Galleries of an earlier page stay where the pictures, which are not committed, are not there to draw them from.
     """
-    page = study.page(Results(study, settings, records))
+    page = study.page(study.results(settings, records))
     earlier = sorted(file.stem for file in folder.glob(f"{study.name}-*.png"))
     subjects = study.subjects_in(settings)
     lines = [

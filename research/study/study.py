@@ -64,6 +64,10 @@ class Study:
         """All that is to be measured, as far as is known yet: seed by seed, so that a part of it is of use."""
         return self.plain_cells(settings, self.arms())
 
+    def results(self, settings: StudySettings, records: Records) -> Results:
+        """What is measured of its subjects and seeds."""
+        return Results(self.subjects_in(settings), self.seeds, settings, records)
+
     def plain_cells(self, settings: StudySettings, arms: Sequence[Arm]) -> list[Cell]:
         """Every arm on every subject with every seed."""
         return [

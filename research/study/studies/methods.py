@@ -66,12 +66,12 @@ class Methods(Study):
         search = self._search_cells(settings)
         if any(cell not in records for cell in search):
             return search
-        compared = self._compared(Results(self._search(), settings, records))
+        compared = self._compared(self._search().results(settings, records))
         return [*search, *self.plain_cells(settings, [*compared, UNTRAINED])]
 
     def page(self, results: Results) -> Page:
         """Scores, parameters, file sizes and costs at the best learning rates, and what was chosen from."""
-        search = results.of(self._search())
+        search = self._search().results(results.settings, results.records)
         compared = self._compared(search)
         more = {
             "learning rate": learning_rate,

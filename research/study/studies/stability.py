@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..cells import Arm
+from ..estimate import estimate
 from ..figures import along, gallery
 from ..markdown import arms_table, difference_table
 from ..results import Results, best_of, quality
-from ..statistics import estimate
 from ..study import Page, Study, spec_of
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from research.study.cells import BASE, Arm, Cell, Spec, View
+from research.study.estimate import estimate
 from research.study.figures import against, along, beside
 from research.study.markdown import arms_table, difference_table, learning_rate, number
 from research.study.records import Record, Records
-from research.study.results import Results, best_of_each, quality
+from research.study.results import best_of_each, quality
 from research.study.sheets import sheet_of
-from research.study.statistics import estimate
 from research.study.studies import STUDIES
 from research.study.studies.stability import Stability
 from research.study.study import spec_of
@@ -33,7 +33,7 @@ def results(settings, tmp_path):
                 for seed, value in enumerate(by_seed):
                     if value is not None:
                         records.add(Record(Cell(arm.spec, arm.view, subject, seed), value))
-        return Results(study, settings, records)
+        return study.results(settings, records)
 
     return made
 
@@ -198,7 +198,7 @@ def test_lines_run_along_the_axis_with_their_intervals(results):
 def test_pictures_are_of_the_first_subject_and_seed_that_all_arms_have(settings, tmp_path):
     study = Stability(None, (0, 1), (1e-3, 1e-2), {"A": {"method": "krona"}, "B": {"method": "lora"}})
     records, arms = Records(tmp_path / "records.jsonl", {}), study.arms()
-    results = Results(study, settings, records)
+    results = study.results(settings, records)
     for index, arm in enumerate(arms):
         for subject, seed in (("bear", 1), ("car", 0))[index == 2 :]:
             pictures = [Image.new("RGB", (8, 8), (60 * index, 200 * seed, 0)), Image.new("RGB", (8, 8), "white")]

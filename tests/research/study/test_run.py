@@ -10,7 +10,6 @@ import pytest
 from diffusekrona.errors import KronAError
 from research.study.measuring import Measurer
 from research.study.records import Records
-from research.study.results import Results
 from research.study.run import chosen_study, quick, run_study
 from research.study.studies import STUDIES
 
@@ -146,9 +145,9 @@ def test_methods_are_compared_at_the_learning_rate_that_the_search_found_best(sm
     records = Records(tmp_path / "records.jsonl", smaller.shared())
     for label in study.methods:
         line = [arm for arm in study.arms() if arm.label == label]
-        of_search = Results(study._search(), smaller, records)
+        of_search = study._search().results(smaller, records)
         best = max(line, key=lambda arm: quality_of(of_search, arm))
-        final = Results(study, smaller, records)
+        final = study.results(smaller, records)
         measured = [arm for arm in line if final.estimate(arm, "dino").count == 2]
         assert measured == [best]
 
@@ -163,7 +162,7 @@ def test_best_at_their_learning_rates_are_shown_and_no_others(smaller, tmp_path)
     values = {"a1": [1, 4], "a2": [4], "subjects": 2, "learning_rates": [1e-3, 1e-1, 1.0]}
     study = chosen_study("factors", replace(smaller, studies={"factors": values}))
     table, differences = run_study(study, smaller, tmp_path).read_text(encoding="utf-8").split("| minus ")
-    results = Results(study, smaller, Records(tmp_path / "records.jsonl", smaller.shared()))
+    results = study.results(smaller, Records(tmp_path / "records.jsonl", smaller.shared()))
     for label in ("(1, 4)", "(4, 4)"):
         best = max((arm for arm in study.arms() if arm.label == label), key=lambda arm: quality_of(results, arm))
         rows = [line for line in table.splitlines() if line.startswith(f"| {label} ")]
@@ -177,7 +176,7 @@ def test_beyond_compares_the_best_that_is_no_larger_on_subjects_that_it_was_not_
     study = chosen_study("beyond", smaller)
     run_study(study, smaller, tmp_path)
     records = Records(tmp_path / "records.jsonl", smaller.shared())
-    of_search, final = Results(study._search(), smaller, records), Results(study, smaller, records)
+    of_search, final = study._search().results(smaller, records), study.results(smaller, records)
     assert study.subjects_in(smaller) == ("cup",)
     assert study._search().subjects_in(smaller) == ("bear",)
     fitting = [arm for arm in study.arms() if arm.label in ("smaller", "as many")]

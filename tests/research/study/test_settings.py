@@ -10,8 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from research.study.__main__ import app
-from research.study.plan import outlook
-from research.study.run import chosen_study
+from research.study.run import chosen_study, plan_study
 from research.study.settings import StudySettings, StudySettingsError, Subject, read_study_settings
 from research.study.studies import STUDIES
 
@@ -38,22 +37,22 @@ def test_the_full_size_settings_say_what_they_would_measure(data, path):
     assert set(settings.subjects) == {"backpack", "dog"}
     assert settings.prompts == ("a {} on the beach", "a {} in the snow")
     (name,) = settings.studies
-    said = outlook(chosen_study(name, settings), settings, data)
-    assert int(said["models to train"]) > 0
-    assert int(said["optimizer steps"].replace(",", "")) == 1000 * int(said["models to train"])
+    planned = plan_study(chosen_study(name, settings), settings, data)
+    assert int(planned["models to train"]) > 0
+    assert int(planned["optimizer steps"].replace(",", "")) == 1000 * int(planned["models to train"])
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_the_small_base_has_settings_for_every_study(monkeypatch, tmp_path, name):
     monkeypatch.chdir(ROOT)
     settings = read_study_settings(Path("studies/emoji.yaml"))
-    said = outlook(chosen_study(name, settings), settings, tmp_path)
-    assert int(said["models to train"]) > 0
+    planned = plan_study(chosen_study(name, settings), settings, tmp_path)
+    assert int(planned["models to train"]) > 0
 
 
 def test_a_table_with_one_rate_for_each_method_needs_no_search(data):
     settings = read_study_settings(ROOT / "studies" / "sdxl" / "table3.yaml")
-    assert outlook(chosen_study("methods", settings), settings, data)["models to train"] == "4"
+    assert plan_study(chosen_study("methods", settings), settings, data)["models to train"] == "4"
 
 
 def small(**changes):
@@ -113,7 +112,7 @@ def test_a_folder_of_subjects_needs_their_classes(data):
 def test_missing_pictures_are_named_before_anything_is_loaded(settings, tmp_path):
     wrong = replace(settings, subjects={"dog": Subject(str(tmp_path / "dogs"), "dog")}, held_back=())
     with pytest.raises(StudySettingsError, match="pictures of dog"):
-        outlook(chosen_study("steps", wrong), wrong, tmp_path)
+        plan_study(chosen_study("steps", wrong), wrong, tmp_path)
 
 
 def test_what_measurements_share_is_all_but_what_cannot_change_them(settings):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research.study.statistics import estimate
+from research.study.estimate import estimate
 
 numbers = st.floats(-5, 5)
 
