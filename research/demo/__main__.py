@@ -13,7 +13,7 @@ from diffusekrona.cli import Commands
 from diffusekrona.cli.progress import training_progress
 
 from .personalise import TRAINING, DemoPaths, run_demo
-from .table import rich_table
+from .result import rich_table
 
 console = Console()
 app = typer.Typer(cls=Commands, pretty_exceptions_show_locals=False)

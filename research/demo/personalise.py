@@ -24,8 +24,7 @@ from diffusekrona.tuner.injected import krona_layers
 
 from ..judges.classifier import Judge
 from .picture import draw_picture
-from .result import DemoResult
-from .table import write_markdown
+from .result import DemoResult, write_markdown
 
 SUBJECT = "a sks toy"
 BACKGROUNDS = ("orange", "purple", "pink", "brown", "black", "gray")  # none of them in the subject's pictures

@@ -16,11 +16,12 @@ from diffusekrona.base import default_device
 from diffusekrona.cli import Commands
 from diffusekrona.cli.progress import progress
 
+from .paper_tables import rows_of
+from .parameter_counts import counted, rich_table, write_markdown
 from .run import chosen_study, plan_study, quick, run_study
 from .settings import read_study_settings
 from .studies import STUDIES
 from .study import Study
-from .tables import counted, rich_table, rows_of, write_markdown
 
 console = Console()
 app = typer.Typer(

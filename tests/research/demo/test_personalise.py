@@ -12,8 +12,7 @@ from diffusekrona import KronAConfig, load_krona
 from diffusekrona.errors import KronAError
 from diffusekrona.training import TrainingConfig
 from research.demo.personalise import DemoPaths, run_demo
-from research.demo.result import DemoResult
-from research.demo.table import write_markdown
+from research.demo.result import DemoResult, write_markdown
 from tests.pipelines import tiny_sdxl_pipeline
 
 ROOT = Path(__file__).parents[3]

@@ -15,16 +15,8 @@ from diffusekrona.tuner.config import KronAConfig
 from diffusekrona.tuner.targets import target_layers
 from research.methods import KronA
 from research.study.__main__ import app
-from research.study.tables import (
-    CountedRow,
-    Row,
-    components_of,
-    counted,
-    is_printed,
-    rich_table,
-    rows_of,
-    write_markdown,
-)
+from research.study.paper_tables import Row, components_of, rows_of
+from research.study.parameter_counts import CountedRow, counted, is_printed, rich_table, write_markdown
 
 PAGE = Path(__file__).parents[3] / "docs" / "tables.md"
 SIDES = (2, 4, 8, 16, 32, 64, 128)
