@@ -10,13 +10,10 @@ from typing import Any
 
 from diffusekrona.storage import read_names
 
-from .custom_diffusion import CustomDiffusion
-from .dreambooth import FullDreamBooth
+from .in_place import CustomDiffusion, FullDreamBooth
 from .krona import KronA
-from .loha import LoHa
-from .lokr import LoKr
-from .lora import LoRA
 from .method import Method, MethodError, option_names, saved_method
+from .peft_method import LoHa, LoKr, LoRA
 from .svdiff import SVDiff
 
 __all__ = [

@@ -1,16 +1,25 @@
-"""Training a model's own weights: float32 copies in place of them, and the originals kept to be put back."""
+"""The methods that train a model's own weights: DreamBooth all of them, Custom Diffusion some of cross-attention's.
+
+Float32 copies are trained in place of the weights; the originals stay in memory, to be put back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
+
+from diffusekrona.errors import ConfigError
+from diffusekrona.tuner.config import KronAConfig
+from diffusekrona.tuner.targets import target_layers
+
+from .method import Method, MethodError
 
 _DTYPE_MARK = "base_dtype"
 
@@ -87,3 +96,72 @@ def _set(component: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
+
+
+class InPlace(Method):
+    """Copies of some of a component's weights, trained in their place."""
+
+    def _trained(self, component: nn.Module) -> dict[str, nn.Parameter]:
+        return copies_of(component)
+
+    def _take_out(self, component: nn.Module) -> None:
+        put_back(component)
+
+
+@dataclass(frozen=True)
+class FullDreamBooth(InPlace):
+    """All weights (Ruiz et al., 2023). Trained in float32; the base's own stay in memory, for `remove`."""
+
+    name: ClassVar[str] = "dreambooth"
+    label: ClassVar[str] = "DreamBooth"
+
+    def _count(self, component: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in component.parameters())
+
+    def _install(self, component: nn.Module) -> None:
+        dtype = next(parameter.dtype for parameter in component.parameters() if parameter.is_floating_point())
+        copy_in_place(component, [name for name, _ in component.named_parameters(remove_duplicate=False)])
+        float32_inside(component, component, dtype)
+
+
+@dataclass(frozen=True)
+class CustomDiffusion(InPlace):
+    """K and V of cross-attention, whole (Kumari et al., 2023).
+
+    Left out, so that all methods learn from the same images and prompts: the new word, whose embedding the original
+    learns beside these weights (a rare word that there is takes its place), and the real images of the class that it
+    retrieves (`fit` takes class images for any method).
+    """
+
+    name: ClassVar[str] = "custom-diffusion"
+    label: ClassVar[str] = "Custom Diffusion"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_encoders:
+            raise MethodError(
+                "text_encoders must be False for custom-diffusion: text encoders have no cross-attention."
+            )
+
+    def _layers(self, component: nn.Module) -> dict[str, nn.Module]:
+        try:
+            found = target_layers(component, KronAConfig(target_modules="cross-attention"))
+        except ConfigError as error:
+            raise MethodError(
+                f"custom-diffusion trains K and V of cross-attention, and the {type(component).__name__} has none that "
+                "Diffusers marks as such; use a Stable Diffusion 1.x, 2.x or SDXL base, or another method."
+            ) from error
+        return {name: layer for name, layer in found.items() if name.endswith((".to_k", ".to_v"))}
+
+    def _count(self, component: nn.Module) -> int:
+        return sum(p.numel() for layer in self._layers(component).values() for p in layer.parameters())
+
+    def _install(self, component: nn.Module) -> None:
+        layers = self._layers(component)
+        dtypes = {name: next(layer.parameters()).dtype for name, layer in layers.items()}
+        copy_in_place(
+            component,
+            [f"{layer}.{name}" for layer, module in layers.items() for name, _ in module.named_parameters()],
+        )
+        for name, layer in layers.items():
+            float32_inside(component, layer, dtypes[name])

@@ -1,4 +1,4 @@
-"""What the methods have in common that PEFT itself brings: LoRA, LoKr, LoHa."""
+"""The methods that PEFT itself brings: LoRA, LoKr and LoHa."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from diffusekrona.errors import ConfigError
 from diffusekrona.kron.exact import arithmetic_dtype
+from diffusekrona.kron.shapes import loha_parameters, lokr_parameters, lora_parameters
 from diffusekrona.tuner.compat import BaseTunerLayer
 from diffusekrona.tuner.components import mark_adapted
 from diffusekrona.tuner.config import ATTENTION, KronAConfig
@@ -20,6 +21,9 @@ from diffusekrona.tuner.targets import resolved, target_layers
 from .method import Method, MethodError, check_scale, check_whole
 
 _ADAPTER = "default"
+
+_WHOLE = 1 << 20
+"""A rank above which no side of a LoKr's w2 is; PEFT then keeps w2 whole."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,85 @@ class PeftMethod(Method):
                 setattr(component.get_submodule(parent), child, layer.get_base_layer())
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             vars(component).pop(attribute, None)
+
+
+@dataclass(frozen=True)
+class LoRA(PeftMethod):
+    """LoRA-DreamBooth: ΔW = s · B·A of a low rank (Hu et al., 2022), the paper's main rival.
+
+    What it saves, Diffusers' `pipe.load_lora_weights` reads, too; such files do not hold alpha, so the scale has to be
+    1 for them. A starts normal with standard deviation 1/rank and B zero, as in Diffusers' own scripts, which the paper
+    used.
+    """
+
+    name: ClassVar[str] = "lora"
+    label: ClassVar[str] = "LoRA-DreamBooth"
+    file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
+    prefix: ClassVar[str] = "lora_"
+
+    def _config(self, targets: str | list[str]) -> PeftConfig:
+        assert self.rank is not None
+        alpha = self.rank if self.alpha is None else self.alpha
+        # PEFT declares alpha as a whole number and only divides it.
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=targets,
+            init_lora_weights="gaussian",
+        )
+
+    def _parameters_of(self, d: int, h: int) -> int:
+        return lora_parameters(d, h, self.rank or 0)
+
+
+@dataclass(frozen=True)
+class LoKr(PeftMethod):
+    """ΔW = s · w1 ⊗ w2 with one factor for both sides of w1, w2 of a low rank or whole (Yeh et al., 2023; Appendix F).
+
+    Attributes:
+        factor: the size of w1 on either side, where it divides the layer's; −1 for the most square split.
+        rank: of w2 = w2_a · w2_b, wherever that has fewer numbers; None keeps w2 whole.
+    """
+
+    name: ClassVar[str] = "lokr"
+    label: ClassVar[str] = "LoKr"
+    prefix: ClassVar[str] = "lokr_"
+    needs_rank: ClassVar[bool] = False
+
+    rank: int | None = None
+    factor: int = -1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.factor, int) or isinstance(self.factor, bool) or (self.factor < 1 and self.factor != -1):
+            raise MethodError(f"factor must be a whole number of at least 1, or -1, not {self.factor!r}.")
+
+    def _config(self, targets: str | list[str]) -> PeftConfig:
+        rank = self.rank or _WHOLE
+        scale = 1.0 if self.alpha is None else self.alpha / (self.rank or 1)
+        return LoKrConfig(
+            r=rank,
+            alpha=scale * rank,  # type: ignore[arg-type]
+            target_modules=targets,
+            decompose_factor=self.factor,
+        )
+
+    def _parameters_of(self, d: int, h: int) -> int:
+        return lokr_parameters(d, h, self.rank, self.factor)
+
+
+@dataclass(frozen=True)
+class LoHa(PeftMethod):
+    """ΔW = s · (B1·A1) ∘ (B2·A2), the Hadamard product of two updates of a low rank (Yeh et al., 2023; Appendix F)."""
+
+    name: ClassVar[str] = "loha"
+    label: ClassVar[str] = "LoHa"
+    prefix: ClassVar[str] = "hada_"
+
+    def _config(self, targets: str | list[str]) -> PeftConfig:
+        assert self.rank is not None
+        alpha = self.rank if self.alpha is None else self.alpha
+        return LoHaConfig(r=self.rank, alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+
+    def _parameters_of(self, d: int, h: int) -> int:
+        return loha_parameters(d, h, self.rank or 0)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from research.methods import SVDiff
-from research.methods.spectral import SpectralLayer
+from research.methods.svdiff import SpectralLayer
 
 LAYERS = {
     "wide": (lambda: nn.Linear(7, 5), (2, 3, 7)),
