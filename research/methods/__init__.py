@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from os import PathLike
-from pathlib import Path
 from typing import Any
-
-from diffusekrona.storage import read_names
 
 from .in_place import CustomDiffusion, FullDreamBooth
 from .krona import KronA
-from .method import Method, MethodError, option_names, saved_method
+from .method import Method, MethodError, option_names
 from .peft_method import LoHa, LoKr, LoRA
 from .svdiff import SVDiff
 
@@ -28,7 +24,6 @@ __all__ = [
     "MethodError",
     "SVDiff",
     "method_from",
-    "method_of",
 ]
 
 METHODS: dict[str, type[Method]] = {
@@ -51,24 +46,6 @@ def method_from(name: str, **options: Any) -> Method:
         if option not in known:
             raise MethodError(f"{name} has no option {option!r}{_near(option, known)}")
     return method(**options)
-
-
-def method_of(path: str | PathLike[str]) -> Method:
-    """The method, with its options, that wrote a file or the only file of a method in a folder; its `load` reads it.
-
-    Raises:
-        AdapterFileError: there is no such file, or it does not say.
-        MethodError: it was written by a method that is not known here.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = [path / name for name in sorted({m.file_name for m in METHODS.values()}) if (path / name).is_file()]
-        if len(found) != 1:
-            there = ", ".join(file.name for file in found) or "no file"
-            raise MethodError(f"{path} holds {there} of a method; name the file itself.")
-        path = found[0]
-    name, options = saved_method(path, read_names(path)[1])
-    return method_from(name, **options)
 
 
 def _near(wrong: str, known: Iterable[str]) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusekrona.errors import AdapterFileError, KronAError
-from diffusekrona.storage import read_safetensors, safetensors_bytes, write_whole
+from diffusekrona.storage import safetensors_bytes, write_whole
 from diffusekrona.tuner.components import adaptable_components, all_modules, remember, restore
 from diffusekrona.tuner.names import in_component, is_denoiser
 
@@ -35,9 +34,9 @@ _prepared: WeakKeyDictionary[nn.Module, Method] = WeakKeyDictionary()
 class Method(ABC):
     """A way to teach a pipeline a subject: what trains, and how it is saved.
 
-    All methods are used alike: `prepare` a pipeline, hand what it returns to an optimizer, `save`; later `load` into
-    a pipeline of the same base. `remove` gives the base back, bit for bit. A pipeline holds one method at a time, and
-    a fresh one changes nothing that the pipeline says. What trains is float32 whatever the base's dtype.
+    All methods are used alike: `prepare` a pipeline, hand what it returns to an optimizer, `save`. `remove` gives the
+    base back, bit for bit. A pipeline holds one method at a time, and a fresh one changes nothing that the pipeline
+    says. What trains is float32 whatever the base's dtype.
 
     Attributes:
         name: what `method_from` knows it by.
@@ -132,31 +131,6 @@ class Method(ABC):
         write_whole({path: safetensors_bytes(trained, header | self._header(self._held(pipe)))})
         return path
 
-    def load(self, pipe: Any, path: str | PathLike[str]) -> dict[str, nn.Parameter]:
-        """Put what was saved into a pipeline of the same base, which must hold no method, and return what trains.
-
-        Args:
-            pipe: the pipeline.
-            path: the file, or the folder that `save` wrote it into.
-
-        Raises:
-            AdapterFileError: nothing readable there, of another method or base; the pipeline is as before.
-            MethodError: as for `prepare`.
-        """
-        file = self.file(path)
-        tensors, metadata = read_safetensors(file)
-        self._check_saved(file, metadata)
-        trained = self.prepare(pipe)
-        try:
-            check_fit(file, tensors, trained)
-            with torch.no_grad():
-                for key, parameter in trained.items():
-                    parameter.copy_(tensors[key])
-        except BaseException:
-            self.remove(pipe)
-            raise
-        return trained
-
     def remove(self, pipe: Any) -> None:
         """Take the method out: the pipeline is the base again, bit for bit, with its parameters as trainable as before.
 
@@ -167,11 +141,6 @@ class Method(ABC):
             self._take_out(component)
             del _prepared[component]
         restore(all_modules(pipe))
-
-    def file(self, path: str | PathLike[str]) -> Path:
-        """The file meant by a path to itself or to its folder."""
-        path = Path(path).expanduser()
-        return path / self.file_name if path.is_dir() else path
 
     @abstractmethod
     def _count(self, component: nn.Module) -> int:
@@ -200,37 +169,9 @@ class Method(ABC):
                 held = _prepared.get(component)
                 raise MethodError(
                     f"The {type(component).__name__} holds {held.description if held else 'no method'}, not "
-                    f"{self.description}; put it in first with prepare or load."
+                    f"{self.description}; put it in first with prepare."
                 )
         return chosen
-
-    def _check_saved(self, file: Path, metadata: Mapping[str, str]) -> None:
-        name, options = saved_method(file, metadata)
-        mine = json.loads(json.dumps(self.options()))
-        if name != self.name or options != mine:
-            known = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
-            raise AdapterFileError(
-                f"{file} was saved by the method {name!r} with {known or 'no options'}, not by {self.description}. "
-                "method_of(path) gives the method that reads it."
-            )
-
-
-def saved_method(file: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """The name and options of the method that wrote a file.
-
-    Raises:
-        AdapterFileError: its header does not say.
-    """
-    try:
-        header = json.loads(metadata[HEADER])
-        name, options = header["method"], header["options"]
-        if isinstance(name, str) and isinstance(options, dict):
-            return name, options
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise AdapterFileError(
-        f"{file} does not say in its header which method wrote it. Files of other programs are read by load_krona."
-    )
 
 
 def check_bare(pipe: Any) -> None:
@@ -243,19 +184,6 @@ def check_bare(pipe: Any) -> None:
                 f"{part or 'The model'} already holds {what}. One method at a time: take it out with its remove(pipe), "
                 "or load the base anew."
             )
-
-
-def check_fit(file: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-    """Raise `AdapterFileError` unless a file has just the tensors that train, in their shapes, all finite."""
-    for key in sorted(trained.keys() ^ tensors.keys()):
-        lacking = "lacks" if key in trained else "has"
-        raise AdapterFileError(f"{file} {lacking} {key}, as if it were made for another base model.")
-    for key, parameter in trained.items():
-        found, expected = tuple(tensors[key].shape), tuple(parameter.shape)
-        if found != expected:
-            raise AdapterFileError(f"{key} is {found} in {file} and must be {expected}: it is for another base model.")
-        if not tensors[key].is_floating_point() or not bool(tensors[key].isfinite().all()):
-            raise AdapterFileError(f"{key} in {file} holds something else than finite numbers.")
 
 
 def check_flag(name: str, value: object) -> None:

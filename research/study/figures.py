@@ -21,13 +21,12 @@ def along(
     arms: Sequence[Arm],
     results: Results,
     axis: str,
-    scores: Sequence[str] = ("dino", "clip_t", "obeyed"),
     log: bool = True,
 ) -> Figure:
     """Scores over the arms' `x`, a line for each series, with 95% intervals."""
     from matplotlib.figure import Figure  # which takes 26 MB: only where something is drawn
 
-    shown = [what for what in scores if any(results.found(arm, what) for arm in arms)]
+    shown = [what for what in ("dino", "clip_t", "obeyed") if any(results.found(arm, what) for arm in arms)]
     figure = Figure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, what in zip(panels, shown, strict=True):

@@ -98,7 +98,7 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
 
 
-def spec_of(method: Mapping[str, Any], images: int | None = None, **training: Any) -> Spec:
+def spec_of(method: Mapping[str, Any], **training: Any) -> Spec:
     """A spec from a method as settings give it: its name and options in one."""
     options = {name: value for name, value in method.items() if name not in ("method", "training")}
-    return Spec(method["method"], options, {**method.get("training", {}), **training}, images)
+    return Spec(method["method"], options, {**method.get("training", {}), **training})

@@ -99,8 +99,8 @@ class TrainingResult:
         return _recent_mean(self.losses)
 
 
-def _recent_mean(losses: Sequence[float], window: int = 50) -> float:
-    recent = [loss for loss in losses[-window:] if math.isfinite(loss)]
+def _recent_mean(losses: Sequence[float]) -> float:
+    recent = [loss for loss in losses[-50:] if math.isfinite(loss)]
     return sum(recent) / len(recent) if recent else math.nan
 
 

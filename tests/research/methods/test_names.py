@@ -1,7 +1,6 @@
 import pytest
 
-from diffusekrona.errors import AdapterFileError
-from research.methods import METHODS, KronA, LoRA, method_from, method_of
+from research.methods import METHODS, KronA, LoRA, method_from
 from research.methods.method import MethodError
 
 
@@ -45,13 +44,6 @@ def test_options():
 def test_what_there_is_not(name, options, said):
     with pytest.raises(MethodError, match=r".*" + said.replace("(", r"\(")):
         method_from(name, **options)
-
-
-def test_no_file_of_a_method(tmp_path):
-    with pytest.raises(MethodError, match="name the file itself"):
-        method_of(tmp_path)
-    with pytest.raises(AdapterFileError, match="is not a file"):
-        method_of(tmp_path / "none.safetensors")
 
 
 def test_a_method_is_a_value():

@@ -107,10 +107,9 @@ def test_of_equal_labels_the_best_is_kept_in_the_order_of_the_labels(results):
 
 
 def test_a_method_as_settings_give_it():
-    spec = spec_of(
-        {"method": "krona", "a1": 4, "training": {"ema_decay": 0.9, "learning_rate": 1}}, 2, learning_rate=0.5
-    )
-    assert spec == Spec("krona", {"a1": 4}, {"ema_decay": 0.9, "learning_rate": 0.5}, 2)
+    method = {"method": "krona", "a1": 4, "training": {"ema_decay": 0.9, "learning_rate": 1}}
+    spec = spec_of(method, learning_rate=0.5)
+    assert spec == Spec("krona", {"a1": 4}, {"ema_decay": 0.9, "learning_rate": 0.5})
 
 
 @pytest.fixture
