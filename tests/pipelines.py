@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -50,6 +52,11 @@ def tiny_sd_pipeline(seed: int = 0, **scheduler: Any) -> StableDiffusionPipeline
 def tiny_sd3_pipeline(seed: int = 0, **scheduler: Any) -> StableDiffusion3Pipeline:
     """A `StableDiffusion3Pipeline` with all three text encoders; `scheduler` overrides its scheduler's entries."""
     return _seeded(seed, lambda: _build_sd3(scheduler))
+
+
+def tiny_flux_pipeline(seed: int = 0, **scheduler: Any) -> FluxPipeline:
+    """A `FluxPipeline` with both text encoders, without guidance; `scheduler` overrides its scheduler's entries."""
+    return _seeded(seed, lambda: _build_flux(scheduler))
 
 
 def _seeded(seed: int, build: Callable[[], Built]) -> Built:
@@ -123,6 +130,30 @@ def _build_sd3(scheduler: dict[str, Any]) -> StableDiffusion3Pipeline:
         tokenizer_2=_tokenizer(),
         text_encoder_3=_t5().eval(),
         tokenizer_3=T5Tokenizer(vocab=_t5_vocabulary(), extra_ids=0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _build_flux(scheduler: dict[str, Any]) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * 4,  # latents in patches of 2 x 2
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
+        vae=_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModel(_text_config()).eval(),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_t5().eval(),
+        tokenizer_2=T5Tokenizer(vocab=_t5_vocabulary(), extra_ids=0),
+        transformer=transformer.eval(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

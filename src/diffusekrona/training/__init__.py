@@ -13,6 +13,7 @@ from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
 from .dreambooth import train_dreambooth, training_resolution
 from .loop import TrainingResult, TrainingStep, fit
+from .script_hooks import accelerate_hooks
 
 __all__ = [
     "Checkpoint",
@@ -28,6 +29,7 @@ __all__ = [
     "TrainingResult",
     "TrainingStep",
     "UnsupportedPipelineError",
+    "accelerate_hooks",
     "fit",
     "load_dataset",
     "load_folder",
