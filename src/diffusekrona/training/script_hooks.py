@@ -56,8 +56,8 @@ def accelerate_hooks(accelerator: Accelerator, **components: nn.Module | None) -
     """
     _check_whole(accelerator)
     adapters = ScriptAdapters(accelerator, _named(components))
-    _put_first(accelerator.register_save_state_pre_hook, adapters.save_hook, adapters)
-    _put_first(accelerator.register_load_state_pre_hook, adapters.load_hook, adapters)
+    _put_first(accelerator.register_save_state_pre_hook, adapters._on_save, adapters)
+    _put_first(accelerator.register_load_state_pre_hook, adapters._on_load, adapters)
     return adapters
 
 
@@ -97,8 +97,8 @@ class ScriptAdapters:
                 save_krona(self, place, name)
         return bool(self.names)
 
-    def save_hook(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        """What `save_state` calls: write the adapters, and take their models out of `weights`.
+    def _on_save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        """Of `save_state`: write the adapters, and take their models out of `weights`.
 
         Args:
             models: all that were prepared.
@@ -114,8 +114,8 @@ class ScriptAdapters:
         self.save(folder)
         weights[:] = [state for model, state in zip(models, weights, strict=True) if not self.holds(model)]
 
-    def load_hook(self, models: list[nn.Module], folder: str) -> None:
-        """What `load_state` calls: fill the adapters, and take their models out of `models`.
+    def _on_load(self, models: list[nn.Module], folder: str) -> None:
+        """Of `load_state`: fill the adapters, and take their models out of `models`.
 
         Args:
             models: those whose weights accelerate would load.
