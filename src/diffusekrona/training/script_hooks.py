@@ -15,11 +15,13 @@ from torch import nn
 
 from ..errors import AdapterFileError, CheckpointError, TrainingConfigError
 from ..files.formats import krona as krona_format
-from ..files.formats.krona import DENOISERS, TEXT_ENCODERS, SavedAdapter
-from ..files.read import check_fit
+from ..files.formats.krona import SavedAdapter
+from ..files.read import check_fit, opened
 from ..pipeline import save_krona
+from ..tuner.compat import hooks_beside, prepared_optimizers
 from ..tuner.components import adaptable_components, adapter_names, unwrapped
 from ..tuner.injected import adapter_tensors, krona_layers
+from ..tuner.names import DENOISERS, TEXT_ENCODERS, unwrapped_name
 from ..tuner.targets import layer_alpha
 
 _log = logging.getLogger(__name__)
@@ -152,7 +154,7 @@ class ScriptAdapters:
 
     def _read(self, name: str, place: Path) -> list[tuple[nn.Module, str, SavedAdapter]]:
         components = {part: one for part, one in adaptable_components(self).items() if name in adapter_names(one)}
-        found = krona_format.read(place)
+        found = krona_format.read(opened(place))
         if set(found) != set(components):
             raise AdapterFileError(
                 f"{place} holds an adapter for {', '.join(found)}, but {name!r} is one for {', '.join(components)}."
@@ -168,9 +170,9 @@ class ScriptAdapters:
                     f"A prepared {type(self._unwrapped(model)).__name__} has a KronA adapter, but accelerate_hooks was "
                     "not given it: add it there by its name in the pipeline, such as text_encoder=text_encoder."
                 )
-        # accelerate has no public name for what it prepared. `requires_grad` would not do: scripts set it for
-        # embeddings that no optimizer has, so that gradient checkpointing works.
-        optimizers = self._accelerator._optimizers
+        # Not what requires gradients: scripts set that for embeddings that no optimizer has, so that gradient
+        # checkpointing works.
+        optimizers = prepared_optimizers(self._accelerator)
         trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for part, component in adaptable_components(self).items():
             own = {
@@ -229,7 +231,7 @@ def _put_first(register: Callable[..., Any], own: Callable[..., None], adapters:
                 hooks[key] = _OthersOnly(other, adapters)
 
     handle = register(hook)
-    hooks = handle.hooks_dict_ref()
+    hooks = hooks_beside(handle)
     hooks.move_to_end(handle.id, last=False)
 
 
@@ -265,7 +267,7 @@ def _check_same_adapter(component: Any, name: str, saved: SavedAdapter) -> None:
     for key, layer in krona_layers(component).items():
         if name not in layer.krona_A:
             continue
-        place = key.replace(".base_layer", "")
+        place = unwrapped_name(key)
         before, now = layer_alpha(saved.config, place), layer.alpha[name]
         if before != now or saved.config.layout != layer.layout[name]:
             raise AdapterFileError(

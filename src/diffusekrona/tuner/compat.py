@@ -5,6 +5,7 @@ A new version of one of them that moves such a name is met here, and nowhere els
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -93,6 +94,20 @@ def is_feed_forward(module: nn.Module) -> bool:
 def padding_of(convolution: nn.Conv2d) -> list[int]:
     """A convolution's padding as `functional.pad` takes it, for the modes that need it."""
     return convolution._reversed_padding_repeated_twice
+
+
+def prepared_optimizers(accelerator: Any) -> list[Any]:
+    """The optimizers that an accelerator has prepared; their parameters are what a script trains."""
+    return list(accelerator._optimizers)
+
+
+def hooks_beside(handle: Any) -> OrderedDict[int, Any]:
+    """All hooks of the kind that a handle of accelerate's is for, in the order in which they are called.
+
+    Registered hooks come last, and a script's hooks for LoRA raise before ours is called.
+    """
+    hooks: OrderedDict[int, Any] = handle.hooks_dict_ref()
+    return hooks
 
 
 def has_listeners(layer: nn.Module) -> bool:
