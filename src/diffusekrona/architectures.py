@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from typing import TYPE_CHECKING, Any
 
 from .errors import KronAError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -44,11 +43,24 @@ _SDXL_TEXT_ENCODER_2: dict[str, Any] = {
     "hidden_act": "gelu",
 }
 
+
+def _unet(values: dict[str, Any]) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**values)  # type: ignore[no-any-return]
+
+
+def _text_encoder(values: dict[str, Any], class_name: str) -> nn.Module:
+    import transformers
+
+    return getattr(transformers, class_name)(transformers.CLIPTextConfig(**values))  # type: ignore[no-any-return]
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    "sdxl": lambda: UNet2DConditionModel(**_SDXL_UNET),
-    "sd15": lambda: UNet2DConditionModel(**_SD15_UNET),
-    "sd15-text-encoder": lambda: CLIPTextModel(CLIPTextConfig(**_SD15_TEXT_ENCODER)),
-    "sdxl-text-encoder-2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_SDXL_TEXT_ENCODER_2)),
+    "sdxl": lambda: _unet(_SDXL_UNET),
+    "sd15": lambda: _unet(_SD15_UNET),
+    "sd15-text-encoder": lambda: _text_encoder(_SD15_TEXT_ENCODER, "CLIPTextModel"),
+    "sdxl-text-encoder-2": lambda: _text_encoder(_SDXL_TEXT_ENCODER_2, "CLIPTextModelWithProjection"),
 }
 """Name → builder: the SDXL UNet and its second text encoder, and the UNet and text encoder of Stable Diffusion 1.x."""
 
@@ -59,21 +71,25 @@ PIPELINES: dict[str, dict[str, str]] = {
 """Pipeline → its adaptable components, each by its name in `ARCHITECTURES`."""
 
 
-def build(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One of `ARCHITECTURES`: on the meta device it takes no memory, elsewhere its weights are random.
+def build(name: str, device: str = "meta", dtype: torch.dtype | None = None) -> nn.Module:
+    """One of `ARCHITECTURES`, by default in float32: without memory on the meta device, elsewhere with random weights.
 
     Raises:
         KronAError: no architecture has that name.
     """
     if name not in ARCHITECTURES:
         raise KronAError(f"No architecture is named {name!r}; there are: {', '.join(ARCHITECTURES)}.")
-    with default_dtype(dtype), torch.device(device):
+    import torch
+
+    with default_dtype(dtype or torch.float32), torch.device(device):
         return ARCHITECTURES[name]()
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Make new weights in this dtype."""
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -6,13 +6,9 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from .kron.costs import BALANCE, StepCost, frozen_step, krona_step, lokr_step, lora_step, merging_pays
@@ -22,6 +18,9 @@ from .tuner.components import adaptable_components, adapter_names, named_adapter
 from .tuner.injected import krona_layers
 from .tuner.layer import KronALayer
 from .tuner.names import in_component
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LORA_RANK = 4
 """The rank of the LoRA that the paper compares with (Table 2)."""
@@ -125,6 +124,10 @@ class KronAReport:
 
     def table(self, every_layer: bool = False) -> Table:
         """The report as a rich table, one row per kind of layer or per layer."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
         table = Table(
             title=escape(f"KronA adapter {self.adapter_name!r}"),
             box=box.SIMPLE,
@@ -161,6 +164,8 @@ class KronAReport:
         return self.table()
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=80)
         console.print(self.table())
         text = console.file.getvalue()  # type: ignore[attr-defined]

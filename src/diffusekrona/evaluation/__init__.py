@@ -1,11 +1,8 @@
 """Scores of generated images: CLIP-I, CLIP-T and DINO as the paper defines them, and drift."""
 
-from ..errors import EvaluationError
-from .encoders import Encoders
-from .evaluate import evaluate_folders, evaluate_subject, measure_drift
-from .folders import ImageFolders, find_images
-from .metrics import Score
-from .result import Evaluation, SubjectScores
+from typing import TYPE_CHECKING
+
+from ..lazy import loaded_at_first_use
 
 __all__ = [
     "Encoders",
@@ -19,3 +16,21 @@ __all__ = [
     "find_images",
     "measure_drift",
 ]
+
+CLIP = "openai/clip-vit-base-patch32"
+"""The paper's encoder for CLIP-I and CLIP-T: ViT-B/32 (Appendix C)."""
+
+DINO = "facebook/dino-vits16"
+"""The paper's encoder for DINO: ViT-S/16 (Appendix C)."""
+
+if TYPE_CHECKING:
+    from ..errors import EvaluationError
+    from .encoders import Encoders
+    from .evaluate import evaluate_folders, evaluate_subject, measure_drift
+    from .folders import ImageFolders, find_images
+    from .metrics import Score
+    from .result import Evaluation, SubjectScores
+else:
+    __getattr__ = loaded_at_first_use(
+        __name__, __all__, "..errors", ".metrics", ".result", ".folders", ".encoders", ".evaluate"
+    )

@@ -19,12 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..errors import EvaluationError
-
-CLIP = "openai/clip-vit-base-patch32"
-"""The paper's encoder for CLIP-I and CLIP-T: ViT-B/32 (Appendix C)."""
-
-DINO = "facebook/dino-vits16"
-"""The paper's encoder for DINO: ViT-S/16 (Appendix C)."""
+from . import CLIP, DINO
 
 # torchvision resizes otherwise than the Pillow that the published processors were made with.
 _ON_PILLOW = {"backend": "pil"} if find_spec("transformers.image_processing_backends") else {"use_fast": False}

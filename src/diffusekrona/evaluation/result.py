@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EvaluationError
 from ..storage import write_whole
 from .metrics import Score
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SCORES = ("clip_i", "clip_t", "dino")
 """The fields of `SubjectScores` that are scores."""
@@ -94,6 +94,9 @@ class Evaluation:
 
     def table(self) -> Table:
         """For the terminal: mean ± spread."""
+        from rich.markup import escape
+        from rich.table import Table
+
         table = Table(*_HEAD, title="Scores")
         for row in self._rows():
             table.add_row(*map(escape, row))

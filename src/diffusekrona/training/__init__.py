@@ -1,19 +1,8 @@
 """DreamBooth training: `train_dreambooth` for a Kronecker adapter, `fit` for any parameters of a pipeline."""
 
-from ..errors import (
-    CheckpointError,
-    DatasetError,
-    TrainingConfigError,
-    TrainingDivergedError,
-    TrainingInterrupted,
-    UnsupportedPipelineError,
-)
-from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
-from .config import TrainingConfig
-from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
-from .dreambooth import train_dreambooth, training_resolution
-from .loop import TrainingResult, TrainingStep, fit
-from .script_hooks import accelerate_hooks
+from typing import TYPE_CHECKING
+
+from ..lazy import loaded_at_first_use
 
 __all__ = [
     "Checkpoint",
@@ -38,3 +27,23 @@ __all__ = [
     "train_dreambooth",
     "training_resolution",
 ]
+
+if TYPE_CHECKING:
+    from ..errors import (
+        CheckpointError,
+        DatasetError,
+        TrainingConfigError,
+        TrainingDivergedError,
+        TrainingInterrupted,
+        UnsupportedPipelineError,
+    )
+    from .checkpoints import Checkpoint, Checkpoints, read_checkpoint
+    from .config import TrainingConfig
+    from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
+    from .dreambooth import train_dreambooth, training_resolution
+    from .loop import TrainingResult, TrainingStep, fit
+    from .script_hooks import accelerate_hooks
+else:
+    __getattr__ = loaded_at_first_use(
+        __name__, __all__, "..errors", ".config", ".data", ".checkpoints", ".loop", ".dreambooth", ".script_hooks"
+    )
