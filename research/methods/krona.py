@@ -12,7 +12,8 @@ from torch import nn
 from diffusekrona.errors import ConfigError
 from diffusekrona.files.formats.krona import header_of
 from diffusekrona.pipeline import inject_krona, unload_krona
-from diffusekrona.tuner.config import ATTENTION, Init, KronAConfig
+from diffusekrona.tuner.config import KronAConfig
+from diffusekrona.tuner.fields import ATTENTION, Init
 from diffusekrona.tuner.injected import adapter_tensors
 from diffusekrona.tuner.targets import layer_shapes, target_layers
 

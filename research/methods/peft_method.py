@@ -14,7 +14,8 @@ from diffusekrona.kron.exact import arithmetic_dtype
 from diffusekrona.kron.shapes import loha_parameters, lokr_parameters, lora_parameters
 from diffusekrona.tuner.compat import BaseTunerLayer
 from diffusekrona.tuner.components import mark_adapted
-from diffusekrona.tuner.config import ATTENTION, KronAConfig
+from diffusekrona.tuner.config import KronAConfig
+from diffusekrona.tuner.fields import ATTENTION
 from diffusekrona.tuner.layer import layer_size
 from diffusekrona.tuner.targets import resolved, target_layers
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
+from .files.formats import Format
 from .files.formats import krona as krona_format
 from .files.formats.krona import SavedAdapter
 from .files.read import read_adapters
-from .files.write import Format, check_format, lokr_bytes
+from .files.write import check_format, lokr_bytes
 from .storage import resolve, write_whole
 from .tuner.compat import NoMatchingPeftModuleError
 from .tuner.components import (

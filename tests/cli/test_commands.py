@@ -135,7 +135,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_does(base, images, tmp_pa
     def pressing_ctrl_c(steps):
         yield lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == 1 else None
 
-    monkeypatch.setattr("diffusekrona.cli.training_progress", pressing_ctrl_c)
+    monkeypatch.setattr("diffusekrona.cli.train.training_progress", pressing_ctrl_c)
     said, again = run(*command, "--output", output, code=130).stderr.splitlines()
     assert said.startswith("Stopped after step 2. Its state is in ")
     assert said.endswith("step-00000002.safetensors. To go on from there:")
@@ -174,7 +174,7 @@ def test_the_adapter_is_merged_unless_asked_otherwise(base, adapter, tmp_path, m
         found.extend(module.merged for module in pipe.unet.modules() if isinstance(module, KronALayer))
         return generate_images(pipe, *arguments, **rest)
 
-    monkeypatch.setattr("diffusekrona.cli.generate_images", look_and_generate)
+    monkeypatch.setattr("diffusekrona.generation.generate_images", look_and_generate)
     run("generate", "--base", base, "--output", tmp_path, *GENERATE, "--adapter", adapter, *options)
     assert set(found) == {merged}
 

@@ -1,5 +1,4 @@
 import re
-from dataclasses import fields
 
 import pytest
 import typer
@@ -8,11 +7,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from diffusekrona.cli import app
-from diffusekrona.cli.options import factor_pattern, with_settings
+from diffusekrona.cli.options import factor_pattern, flags_of_training, help_of, with_flags
 from diffusekrona.errors import KronAError
-from diffusekrona.training.settings import GROUPS, SHORTER, help_texts
-
-ALL = [one for group in GROUPS.values() for one in fields(group)]
+from diffusekrona.training.settings import GROUPS, NAMES, SHORT_NAMES
 
 
 def flag(name):
@@ -25,7 +22,7 @@ def given_to(*arguments):
     program = typer.Typer()
 
     @program.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
-    @with_settings
+    @with_flags(flags_of_training())
     def command(**values):
         """Nothing."""
         found.update(values)
@@ -43,19 +40,25 @@ def help_of_training():
 
 def test_each_setting_has_a_flag_and_each_flag_its_text():
     text = help_of_training()
-    for group in GROUPS.values():
-        for name, said in help_texts(group).items():
+    for group in GROUPS:
+        assert group.heading in text
+        for name in group.fields:
             assert re.search(rf"{flag(name)}[ ,]", text)
-            assert " ".join(said.split()[:3]) in text
-    for heading in GROUPS:
-        assert heading in text
+            assert " ".join(help_of(group.model, name).split()[:3]) in text
 
 
-def test_each_flag_of_training_has_a_help_text():
-    command = typer.main.get_command(app).commands["train"]
-    flags = [parameter for parameter in command.params if parameter.name != "help"]
-    assert {parameter.name for parameter in flags} == {one.name for one in ALL} | {"config", "plan"}
-    assert all(parameter.help and parameter.help.endswith(".") for parameter in flags)
+COMMANDS = typer.main.get_command(app).commands
+
+
+def test_training_has_a_flag_for_each_setting_and_two_of_its_own():
+    assert {parameter.name for parameter in COMMANDS["train"].params} == NAMES.keys() | {"config", "plan"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_flag_and_argument_is_a_sentence(name):
+    assert re.fullmatch(r"[A-Z].*\.", COMMANDS[name].help, re.DOTALL)
+    for parameter in COMMANDS[name].params:
+        assert re.fullmatch(r"[A-Z](\S+ ){3,}.*\.", parameter.help or ""), parameter.name
 
 
 def test_only_what_is_given_is_passed_on_even_if_it_is_the_default():
@@ -81,7 +84,7 @@ def test_each_type_of_setting_can_be_given():
     }
 
 
-@pytest.mark.parametrize(("short", "name"), SHORTER.items())
+@pytest.mark.parametrize(("short", "name"), SHORT_NAMES.items())
 def test_some_flags_have_a_shorter_name(short, name):
     long = given_to(flag(name), "something")
     assert given_to(flag(short), "something") == long

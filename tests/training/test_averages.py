@@ -1,6 +1,5 @@
 import os
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ def test_an_interrupted_run_leaves_the_averages_as_a_finished_one_does(tmp_path)
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted) as stopped:
-        train(pipe, factors, replace(QUICK, max_train_steps=9, ema_decay=0.9), stop_at_three, folder=tmp_path)
+        train(pipe, factors, QUICK.replace(max_train_steps=9, ema_decay=0.9), stop_at_three, folder=tmp_path)
     assert stopped.value.step == 3
     for name, found in factors.items():
         average = each[0][name].double()
@@ -40,7 +39,7 @@ def test_an_interrupted_run_leaves_the_averages_as_a_finished_one_does(tmp_path)
 
 def test_an_observer_may_look_at_the_averages_and_changes_nothing():
     pipe, factors = adapted(**SMALL)
-    config = replace(QUICK, max_train_steps=3, ema_decay=0.9)
+    config = QUICK.replace(max_train_steps=3, ema_decay=0.9)
     looked = []
 
     def draw_in_vain(done):

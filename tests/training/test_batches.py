@@ -61,16 +61,16 @@ def test_the_loss_is_one_number_with_gradients_and_the_same_each_time(build):
 def test_the_loss_is_the_mean_of_the_images_whatever_batch_they_are_in():
     """Three batches of two hold what two of three do, with the same noise, so their means have the same mean."""
     with torch.no_grad():
-        twos = [batches(replace(CONFIG, train_batch_size=2)).loss(number) for number in range(3)]
-        threes = [batches(replace(CONFIG, train_batch_size=3)).loss(number) for number in range(2)]
+        twos = [batches(CONFIG.replace(train_batch_size=2)).loss(number) for number in range(3)]
+        threes = [batches(CONFIG.replace(train_batch_size=3)).loss(number) for number in range(2)]
     torch.testing.assert_close(sum(twos) / 3, sum(threes) / 2, rtol=1e-5, atol=0)
 
 
 @settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
 def test_processes_share_the_batches_of_one_with_as_many_images(size, processes, number):
-    whole = batches(replace(CONFIG, train_batch_size=size * processes)).sources(number)
-    config = replace(CONFIG, train_batch_size=size)
+    whole = batches(CONFIG.replace(train_batch_size=size * processes)).sources(number)
+    config = CONFIG.replace(train_batch_size=size)
     shares = [batches(config, where=place(process, processes)).sources(number) for process in range(processes)]
     assert [source for share in shares for source in share] == whole
     assert {len(share) for share in shares} == {size}
@@ -80,7 +80,7 @@ def test_without_an_offset_the_noise_has_no_common_part_and_with_one_it_has():
     spreads = {}
     for offset in (0.0, 2.0):
         pipe = tiny_sd_pipeline()
-        noisy, times = heard(pipe, batches(replace(CONFIG, noise_offset=offset), pipe), range(60))
+        noisy, times = heard(pipe, batches(CONFIG.replace(noise_offset=offset), pipe), range(60))
         late = times > 500
         alphas = pipe.scheduler.alphas_cumprod[times[late]].view(-1, 1)
         # Of 64 independent numbers the mean varies by an eighth, and the latents' own is small by now.
@@ -92,7 +92,7 @@ def test_without_an_offset_the_noise_has_no_common_part_and_with_one_it_has():
 def test_seeds_and_names_give_noise_of_their_own():
     pipe = tiny_sd_pipeline()
     first, _ = heard(pipe, batches(pipe=pipe), [0])
-    for other in (batches(replace(CONFIG, seed=1), pipe), batches(pipe=pipe, name="class")):
+    for other in (batches(CONFIG.replace(seed=1), pipe), batches(pipe=pipe, name="class")):
         assert not torch.equal(heard(pipe, other, [0])[0], first)
 
 
@@ -143,5 +143,5 @@ def test_freed_encoders_take_no_memory_and_the_losses_are_the_same(build):
 )
 def test_encoders_that_run_in_each_step_are_not_freed(values, left):
     pipe, _ = adapted(text_encoders="train_text_encoder" in values, **SMALL)
-    assert weights_left(pipe, replace(CONFIG, **values)) == left
+    assert weights_left(pipe, CONFIG.replace(**values)) == left
     assert text_encoders(pipe)

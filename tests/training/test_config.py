@@ -49,6 +49,8 @@ def test_defaults_are_the_papers():
         ("random_flip", "no"),
         ("train_text_encoder", 1),
         ("gradient_checkpointing", None),
+        ("seed", "5"),
+        ("seed", None),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(field, value):
@@ -72,6 +74,29 @@ def test_an_impossible_value_is_refused_by_name(field, value):
 def test_edge_values_are_accepted(fields):
     for name, value in fields.items():
         assert getattr(TrainingConfig(**fields), name) == value
+
+
+def test_each_wrong_value_has_a_sentence_and_an_unknown_name_the_nearest_known_one():
+    with pytest.raises(TrainingConfigError) as error:
+        TrainingConfig(seed=True, optimizer="sgd", learning_rat=1)
+    assert str(error.value) == (
+        "seed must be a whole number of at least 0, not True. "
+        "optimizer must be one of adamw, adamw8bit, prodigy, not 'sgd'. "
+        "There is no setting 'learning_rat'; did you mean 'learning_rate'?"
+    )
+    assert error.value.__suppress_context__
+
+
+def test_a_config_stays_as_it_is_and_another_one_is_checked_as_the_first():
+    config = TrainingConfig(seed=1, learning_rate=1)
+    with pytest.raises(AttributeError, match=r"TrainingConfig does not change; \.replace\(seed=…\)"):
+        config.seed = 2
+    assert config.replace(seed=2) == TrainingConfig(seed=2, learning_rate=1.0)
+    assert (config.seed, hash(config)) == (1, hash(TrainingConfig(seed=1, learning_rate=1)))
+    with pytest.raises(TrainingConfigError, match=r"^seed must be"):
+        config.replace(seed=-1)
+    with pytest.raises(TrainingConfigError, match="did you mean 'seed'"):
+        config.replace(sed=1)
 
 
 @given(beta=st.floats())

@@ -43,7 +43,7 @@ def test_training_lowers_the_loss(build):
     pipe, factors = adapted(build)
     config = TrainingConfig(max_train_steps=30, learning_rate=2e-2, train_batch_size=4)
     # One and the same draws before and after: nothing is learnt at a rate that is next to zero.
-    still = replace(config, max_train_steps=6, learning_rate=1e-30, adam_weight_decay=0, seed=1)
+    still = config.replace(max_train_steps=6, learning_rate=1e-30, adam_weight_decay=0, seed=1)
     before = train(pipe, factors, still).losses
     train(pipe, factors, config)
     after = train(pipe, factors, still).losses
@@ -71,7 +71,7 @@ def test_equal_seeds_give_equal_factors_bit_for_bit(build, dropout):
     for noise, seed in ((1, 0), (2, 0), (3, 1)):
         pipe, factors = adapted(build, dropout=dropout)
         torch.manual_seed(noise)
-        losses = train(pipe, factors, replace(QUICK, seed=seed, random_flip=True)).losses
+        losses = train(pipe, factors, QUICK.replace(seed=seed, random_flip=True)).losses
         runs.append((losses, copies(factors)))
     assert runs[0][0] == runs[1][0]
     assert same(runs[0][1], runs[1][1])
@@ -115,7 +115,7 @@ def test_text_encoders_learn_when_asked_to(build):
     result = train(
         pipe,
         factors,
-        replace(QUICK, train_text_encoder=True),
+        QUICK.replace(train_text_encoder=True),
         on_step=lambda _: modes.append(pipe.text_encoder.training),
     )
     assert modes == [True, True]
@@ -131,7 +131,7 @@ def test_text_encoders_learn_when_asked_to(build):
 def test_a_half_precision_base_trains_with_float32_factors(precision):
     pipe, factors = adapted(lambda: tiny_sdxl_pipeline().to(torch.bfloat16))
     started = copies(factors)
-    result = train(pipe, factors, replace(QUICK, mixed_precision=precision))
+    result = train(pipe, factors, QUICK.replace(mixed_precision=precision))
     assert pipe.unet.conv_in.weight.dtype == pipe.vae.dtype == torch.bfloat16
     assert {factor.dtype for factor in factors.values()} == {torch.float32}
     assert not any(torch.equal(started[name], factors[name]) for name in factors)
@@ -145,7 +145,7 @@ def test_mixed_precision_computes_in_bfloat16_and_runs_of_other_precision_may_fo
         pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(
             lambda module, args, output: seen.append(output.dtype)
         )
-        train(pipe, factors, replace(QUICK, max_train_steps=1, mixed_precision=precision))
+        train(pipe, factors, QUICK.replace(max_train_steps=1, mixed_precision=precision))
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
 
 
@@ -161,7 +161,7 @@ def gradients(config):
 def test_accumulated_gradients_and_losses_are_the_mean_over_the_batches():
     still = TrainingConfig(max_train_steps=2, learning_rate=1e-30, adam_weight_decay=0, max_grad_norm=0)
     (first, second), losses = gradients(still)
-    (_, accumulated), (loss,) = gradients(replace(still, max_train_steps=1, gradient_accumulation_steps=2))
+    (_, accumulated), (loss,) = gradients(still.replace(max_train_steps=1, gradient_accumulation_steps=2))
     torch.testing.assert_close(accumulated, (first + second) / 2, rtol=1e-4, atol=1e-9)
     assert loss == pytest.approx(sum(losses) / 2, rel=1e-6)
 
@@ -173,7 +173,7 @@ def test_long_gradients_are_shortened(limit):
     hook = register_optimizer_step_pre_hook(
         lambda *_: norms.append(float(torch.cat([f.grad.flatten() for f in factors.values()]).norm()))
     )
-    train(pipe, factors, replace(QUICK, max_grad_norm=limit))
+    train(pipe, factors, QUICK.replace(max_grad_norm=limit))
     hook.remove()
     assert len(norms) == 2
     assert all(norm == pytest.approx(limit, rel=1e-2) if limit else norm > 1e-3 for norm in norms)
@@ -190,7 +190,7 @@ def test_every_image_is_used_equally_often():
         ),
         with_kwargs=True,
     )
-    train(pipe, factors, replace(QUICK, max_train_steps=3, train_batch_size=4), images=images)
+    train(pipe, factors, QUICK.replace(max_train_steps=3, train_batch_size=4), images=images)
     assert sorted(drawn) == [0] * 4 + [1] * 4 + [2] * 4
     assert drawn != sorted(drawn)
 
@@ -201,7 +201,7 @@ def test_each_step_is_reported():
     result = train(
         pipe,
         factors,
-        replace(QUICK, max_train_steps=4, lr_scheduler="linear", lr_warmup_steps=1, learning_rate=3e-3),
+        QUICK.replace(max_train_steps=4, lr_scheduler="linear", lr_warmup_steps=1, learning_rate=3e-3),
         steps.append,
     )
     assert [(step.step, step.steps) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -239,8 +239,8 @@ def test_fp16_on_a_cpu_is_refused_and_later_runs_are_not_affected(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     pipe, factors = adapted()
     with pytest.raises(TrainingConfigError, match="mixed_precision='fp16' needs a GPU"):
-        train(pipe, factors, replace(QUICK, mixed_precision="fp16"))
-    train(pipe, factors, replace(QUICK, max_train_steps=1))
+        train(pipe, factors, QUICK.replace(mixed_precision="fp16"))
+    train(pipe, factors, QUICK.replace(max_train_steps=1))
 
 
 def test_nothing_to_train_is_an_error():
@@ -258,13 +258,13 @@ def test_another_kind_of_pipeline_is_an_error():
 def test_a_cache_on_disk_without_a_folder_is_an_error():
     pipe, factors = adapted()
     with pytest.raises(TrainingConfigError, match="'disk' needs a folder"):
-        train(pipe, factors, replace(QUICK, cache="disk"))
+        train(pipe, factors, QUICK.replace(cache="disk"))
 
 
 @FAMILIES
 def test_cached_in_memory_on_disk_or_not_at_all_the_factors_are_the_same_bits(build, tmp_path):
     runs = {
-        keep: trained(replace(QUICK, cache=keep, random_flip=True), build, folder=tmp_path)
+        keep: trained(QUICK.replace(cache=keep, random_flip=True), build, folder=tmp_path)
         for keep in ("memory", "disk", "none")
     }
     assert (tmp_path / "cache").is_dir()
@@ -275,11 +275,11 @@ def test_cached_in_memory_on_disk_or_not_at_all_the_factors_are_the_same_bits(bu
 
 def test_images_of_several_sizes_are_trained_on_each_in_batches_of_its_own():
     pipe, factors = adapted(tiny_sdxl_pipeline, **SMALL)
-    plan = replace(PLAN, aspect_ratio_buckets=True, multiple=4)
+    plan = PLAN.replace(aspect_ratio_buckets=True, multiple=4)
     images = prepare_images([*pictures(2, (60, 40)), *pictures(2, (40, 40)), *pictures(1, (30, 80))], "a toy", plan)
     shapes = []
     pipe.unet.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[2:])))
-    train(pipe, factors, replace(QUICK, max_train_steps=5), images=images)
+    train(pipe, factors, QUICK.replace(max_train_steps=5), images=images)
     sizes = [image.image.size[::-1] for image in images]
     assert len(set(sizes)) == 3
     assert sorted(shapes) == sorted((height // 4, width // 4) for height, width in sizes)
@@ -306,7 +306,7 @@ def test_the_text_encoders_own_learning_rate_is_used():
 def test_the_factors_end_as_their_exponential_moving_averages(decay):
     pipe, factors = adapted(**SMALL)
     each = [copies(factors)]
-    config = replace(QUICK, max_train_steps=4, ema_decay=decay)
+    config = QUICK.replace(max_train_steps=4, ema_decay=decay)
     train(pipe, factors, config, on_step=lambda _: each.append(copies(factors)))
     for name, found in factors.items():
         average = each[0][name].double()
@@ -319,15 +319,15 @@ def test_the_factors_end_as_their_exponential_moving_averages(decay):
 
 
 def test_averages_do_not_change_what_is_learnt():
-    assert trained(replace(QUICK, ema_decay=0.9))[1] == trained()[1]
+    assert trained(QUICK.replace(ema_decay=0.9))[1] == trained()[1]
 
 
 def test_the_loss_with_class_images_is_the_weighted_sum():
-    still = replace(QUICK, max_train_steps=3, learning_rate=1e-30, adam_weight_decay=0)
+    still = QUICK.replace(max_train_steps=3, learning_rate=1e-30, adam_weight_decay=0)
     others = examples(3, "a toy", seed=1)
 
     def losses(weight):
-        return np.array(trained(replace(still, prior_loss_weight=weight), class_images=others)[1])
+        return np.array(trained(still.replace(prior_loss_weight=weight), class_images=others)[1])
 
     subject = np.array(trained(still)[1])
     assert (losses(0) == subject).all()
@@ -337,7 +337,7 @@ def test_the_loss_with_class_images_is_the_weighted_sum():
 
 
 def test_class_images_of_no_weight_are_none():
-    config = replace(QUICK, prior_loss_weight=0, random_flip=True)
+    config = QUICK.replace(prior_loss_weight=0, random_flip=True)
     some = trained(config, dropout=0.3, class_images=examples(3, "a toy", seed=1))
     none = trained(config, dropout=0.3)
     assert some[1] == none[1]
@@ -361,7 +361,7 @@ def test_recomputing_activations_changes_no_bit_and_is_over_afterwards(build):
         pipe, factors = adapted(build, text_encoders=True, dropout=0.3)
         count = []
         pipe.unet.up_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_, count=count: count.append(1))
-        config = replace(QUICK, train_text_encoder=True, gradient_checkpointing=recompute)
+        config = QUICK.replace(train_text_encoder=True, gradient_checkpointing=recompute)
         losses = train(pipe, factors, config).losses
         runs.append((losses, copies(factors), len(count)))
         assert not pipe.unet.is_gradient_checkpointing

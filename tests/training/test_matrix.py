@@ -4,7 +4,6 @@ import itertools
 import random
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +267,7 @@ def test_whatever_is_chosen_a_run_is_sound(
     checkpoints = sorted((again.output.run_folder / "checkpoints").iterdir())
     assert [path.stem for path in checkpoints] == ["step-00000002", "step-00000003"]
     checkpoints[1].unlink()
-    resumed = run(replace(again, output=replace(again.output, resume=True)))
+    resumed = run(again.replace(output=again.output.replace(resume=True)))
     assert resumed.result.resumed_at == 2
     assert resumed.result.losses == outcome.result.losses
     assert same(factors_of(trained_pipelines[1]), factors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from tests.training.runs import all_close, examples, same, trained
 CONFIG = TrainingConfig(max_train_steps=4, learning_rate=1e-2, checkpointing_steps=2, gradient_accumulation_steps=2)
 KINDS = {
     "subject": CONFIG,
-    "class": replace(CONFIG, random_flip=True, train_batch_size=2),
-    "text encoders": replace(CONFIG, train_text_encoder=True),
+    "class": CONFIG.replace(random_flip=True, train_batch_size=2),
+    "text encoders": CONFIG.replace(train_text_encoder=True),
 }
 
 
@@ -47,7 +46,7 @@ def test_factors_and_losses_are_those_of_one_process_and_only_the_first_of_two_w
     first, second = both(WORK[kind], tmp_path)
     assert same(first, second)
     config = KINDS[kind]
-    one = run(kind, replace(config, train_batch_size=2 * config.train_batch_size))
+    one = run(kind, config.replace(train_batch_size=2 * config.train_batch_size))
     all_close(first, one, rtol=1e-2, atol=1e-4)
     half = run(kind, config)
     assert max(float((first[name] - half[name]).abs().max()) for name in half) > 1e-3
@@ -72,6 +71,6 @@ def stopped_and_resumed(rank, folder):
 def test_ctrl_c_in_one_process_stops_both_at_the_same_step_and_they_go_on_as_if_it_had_not(tmp_path):
     first, second = both(stopped_and_resumed, tmp_path)
     assert same(first, second)
-    all_close(first, run("subject", replace(CONFIG, train_batch_size=2)), rtol=1e-2, atol=1e-4)
+    all_close(first, run("subject", CONFIG.replace(train_batch_size=2)), rtol=1e-2, atol=1e-4)
     with pytest.raises(CheckpointError, match="there were 2 processes"):
         run("subject", CONFIG, folder=tmp_path, resume=True)

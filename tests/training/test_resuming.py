@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -55,7 +54,7 @@ def same_run(first, second):
 @PIPELINES
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(build, kind, tmp_path):
-    config = replace(CONFIG, **KINDS[kind])
+    config = CONFIG.replace(**KINDS[kind])
     need(config.optimizer)
     options = {"build": build, "dropout": 0.5 if config.train_text_encoder else 0.0}
     whole = trained(config, **options)
@@ -64,21 +63,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(build, kind, tmp_pat
 
 
 def test_a_run_with_class_images_and_a_cache_on_disk_is_resumed_bit_for_bit(tmp_path):
-    config = replace(CONFIG, cache="disk", train_batch_size=3)
+    config = CONFIG.replace(cache="disk", train_batch_size=3)
     options = {"class_images": examples(3, "a toy", seed=1)}
-    whole = trained(replace(config, cache="memory"), **options)
+    whole = trained(config.replace(cache="memory"), **options)
     begun(tmp_path, config, **options)
     assert same_run(trained(config, folder=tmp_path, resume=True, **options), whole)
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
-    longer = replace(CONFIG, max_train_steps=8)
+    longer = CONFIG.replace(max_train_steps=8)
     trained(CONFIG, folder=tmp_path)
     assert same_run(trained(longer, folder=tmp_path, resume=True), trained(longer))
 
 
 def test_a_finished_run_is_resumed_at_its_end(tmp_path):
-    config = replace(CONFIG, ema_decay=0.9)
+    config = CONFIG.replace(ema_decay=0.9)
     done = trained(config, folder=tmp_path)
     pipe, factors = adapted(**SMALL)
     result = train(pipe, factors, config, stop_after(0), folder=tmp_path, resume=True)
@@ -99,7 +98,7 @@ def test_the_result_says_where_it_went_on_and_has_all_losses(tmp_path):
 
 def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end_and_the_newest_are_kept(tmp_path):
     seen = []
-    trained(replace(CONFIG, checkpoints_total_limit=2), on_step=lambda _: seen.append(count(tmp_path)), folder=tmp_path)
+    trained(CONFIG.replace(checkpoints_total_limit=2), on_step=lambda _: seen.append(count(tmp_path)), folder=tmp_path)
     assert seen == [0, 1, 1, 2, 2]
     assert checkpoints(tmp_path) == ["step-00000004.safetensors", "step-00000005.safetensors"]
 
@@ -116,7 +115,7 @@ def test_without_a_folder_or_a_checkpoint_there_is_nothing_to_resume_from(tmp_pa
 
 def test_a_run_begun_anew_in_the_same_folder_is_not_confused_with_the_one_before(tmp_path):
     trained(CONFIG, folder=tmp_path)
-    other = replace(CONFIG, seed=1, checkpoints_total_limit=1)
+    other = CONFIG.replace(seed=1, checkpoints_total_limit=1)
     begun(tmp_path, other)
     assert checkpoints(tmp_path) == ["step-00000002.safetensors"]
     assert same_run(trained(other, folder=tmp_path, resume=True), trained(other))
@@ -126,7 +125,7 @@ def test_a_run_begun_anew_in_the_same_folder_is_not_confused_with_the_one_before
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_is_the_same(tmp_path, limit, caplog):
     trained(CONFIG, folder=tmp_path)
     (tmp_path / "checkpoints" / "step-00000005.safetensors").write_bytes(b"damaged")
-    config = replace(CONFIG, checkpoints_total_limit=limit)
+    config = CONFIG.replace(checkpoints_total_limit=limit)
     assert same_run(trained(config, folder=tmp_path, resume=True), trained(CONFIG))
     assert "step-00000005.safetensors is no checkpoint of a run, or a damaged one" in caplog.text
     assert "step-00000005.safetensors" in checkpoints(tmp_path)
@@ -146,14 +145,14 @@ def test_other_settings_are_refused(tmp_path, change, said):
     begun(tmp_path)
     before = checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=f"is of another run: {said}"):
-        trained(replace(CONFIG, **change), folder=tmp_path, resume=True)
+        trained(CONFIG.replace(**change), folder=tmp_path, resume=True)
     assert checkpoints(tmp_path) == before
 
 
 def test_settings_that_change_nothing_that_is_learnt_may_be_others(tmp_path):
     begun(tmp_path)
     others = {"cache": "none", "gradient_checkpointing": True, "checkpointing_steps": 1, "on_non_finite": "skip"}
-    assert same_run(trained(replace(CONFIG, **others), folder=tmp_path, resume=True), trained(CONFIG))
+    assert same_run(trained(CONFIG.replace(**others), folder=tmp_path, resume=True), trained(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def interrupt_at(*steps):
 
 
 def test_ctrl_c_saves_after_the_next_step_and_the_run_can_go_on_bit_for_bit(tmp_path):
-    config = replace(CONFIG, checkpointing_steps=100, ema_decay=0.9)
+    config = CONFIG.replace(checkpointing_steps=100, ema_decay=0.9)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingInterrupted, match="Stopped after step 3") as stopped:
         trained(config, on_step=interrupt_at(2), folder=tmp_path)

@@ -1,19 +1,22 @@
-from dataclasses import MISSING, fields
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusekrona import KronAConfig
 from diffusekrona.training import TrainingConfig, TrainingConfigError
-from diffusekrona.training.settings import GROUPS, Settings, help_texts, read_settings, settings_text
+from diffusekrona.training.settings import GROUPS, NAMES, SHORT_NAMES, Settings, read_settings, settings_text
+from diffusekrona.tuner.fields import FIELDS
 
 NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "images", "output_dir": "toy"}
-ALL = [one for group in GROUPS.values() for one in fields(group)]
-WRITTEN = [one.name for one in ALL if one.name not in ("resume", "overwrite")]
+WRITTEN = [name for name in NAMES if name not in ("resume", "overwrite")]
 
 
 def settings(**values):
@@ -34,11 +37,69 @@ def test_what_is_not_given_is_as_in_the_libraries_own_configs():
 
 
 def test_each_setting_has_one_place_and_a_text():
-    assert len({one.name for one in ALL}) == len(ALL)
-    for group in GROUPS.values():
-        texts = help_texts(group)
-        assert list(texts) == [one.name for one in fields(group)]
-        assert all(text.endswith(".") and len(text) > 8 for text in texts.values())
+    assert len(NAMES) == sum(len(group.fields) for group in GROUPS)
+    assert not SHORT_NAMES.keys() & NAMES.keys()
+    for name, field in NAMES.items():
+        assert re.fullmatch(r"[A-Z].+\.", field.description or "", re.DOTALL), name
+
+
+def test_the_adapters_choices_are_those_of_its_config():
+    declared = {one.name: one for one in fields(KronAConfig)}
+    adapter = next(group for group in GROUPS if group.name == "adapter")
+    assert adapter.fields.keys() == FIELDS.keys() | {"factors"}
+    for name, (default, text) in FIELDS.items():
+        assert (declared[name].default, declared[name].metadata["help"]) == (default, text)
+        assert (adapter.fields[name].default, adapter.fields[name].description) == (default, text)
+
+
+def test_a_page_can_be_built_from_the_schema():
+    schema = Settings.model_json_schema()
+    assert {name: one["title"] for name, one in schema["properties"].items()} == {
+        "data": "Base model and data",
+        "images": "Images",
+        "adapter": "Adapter",
+        "training": "Training",
+        "prior": "Prior preservation",
+        "output": "Output",
+    }
+    found = {}
+    for group in schema["properties"].values():
+        model = schema["$defs"][group["$ref"].rpartition("/")[2]]
+        assert model["additionalProperties"] is False
+        found |= model["properties"]
+    assert list(found) == list(NAMES)
+    assert all(one["title"] and one["description"].endswith(".") for one in found.values())
+    assert found["max_train_steps"] | {"description": ""} == {
+        "default": 1000, "description": "", "minimum": 1, "title": "Max Train Steps", "type": "integer",
+    }  # fmt: skip
+    assert found["optimizer"]["enum"] == ["adamw", "adamw8bit", "prodigy"]
+    assert (found["dropout"]["minimum"], found["dropout"]["exclusiveMaximum"]) == (0, 1)
+    assert found["output_dir"]["format"] == "path"
+    assert found["output_dir"]["short"] == "output"
+
+
+def test_settings_are_read_and_checked_without_torch():
+    program = """
+import sys
+sys.argv = ["diffusekrona"]
+from diffusekrona.training.settings import Settings
+Settings.of({"pretrained_model_name_or_path": "base", "instance_data_dir": "images", "output_dir": "toy"})
+from diffusekrona.training import TrainingConfig
+print(*(name for name in ("torch", "peft", "accelerate", "transformers", "diffusers") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
+@pytest.mark.parametrize("package", ["diffusekrona", "diffusekrona.training", "diffusekrona.evaluation"])
+def test_public_names_are_those_of_the_list_and_no_others(package):
+    found = {}
+    exec(f"from {package} import *", found)
+    module = importlib.import_module(package)
+    assert found.keys() - {"__builtins__"} == set(module.__all__)
+    assert all(found[name] is getattr(module, name) for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 @st.composite
@@ -131,10 +192,45 @@ def test_one_validation_prompt_is_a_list_of_one():
 
 
 def test_all_that_is_missing_is_named():
-    with pytest.raises(TrainingConfigError, match="Still to be given: pretrained_model_name_or_path, output_dir"):
+    with pytest.raises(TrainingConfigError) as error:
         Settings.of({"instance_data_dir": "images"})
-    needed = [one.name for one in ALL if one.default is MISSING and one.default_factory is MISSING]
-    assert needed == ["pretrained_model_name_or_path", "output_dir"]
+    assert str(error.value) == (
+        "pretrained_model_name_or_path is missing; it must be a text. output_dir is missing; it must be a path."
+    )
+    assert [name for name, one in NAMES.items() if one.is_required()] == [
+        "pretrained_model_name_or_path",
+        "output_dir",
+    ]
+
+
+def test_wrong_values_of_several_groups_are_told_together():
+    with pytest.raises(TrainingConfigError) as error:
+        settings(a1=True, seed=-1, output_dir=5)
+    assert str(error.value) == (
+        "a1 must be a whole number of at least 1, not True. seed must be a whole number of at least 0, not -1. "
+        "output_dir must be a path, not 5."
+    )
+
+
+def test_unknown_names_are_told_together():
+    with pytest.raises(TrainingConfigError, match=r"'repeat'; did you mean 'repeats'\? There is .* mean 'seed'\?$"):
+        settings(repeat=1, sed=2)
+
+
+def test_a_setting_that_a_file_gives_twice_is_refused(tmp_path):
+    path = written(tmp_path, "a.yaml", "instance_prompt: a toy\nprompt: a dog\n")
+    with pytest.raises(TrainingConfigError, match=r"a\.yaml give instance_prompt twice, once as prompt"):
+        read_settings(path)
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "+1.0e-4", "1.e-4", ".1e-3", "0.0001"])
+def test_numbers_in_yaml_are_those_of_yaml_1_2(tmp_path, number):
+    assert read_settings(written(tmp_path, "a.yaml", f"learning_rate: {number}")) == {"learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize("text", ["1e", "e4", "1e-4x", "'1e-4'", "1.2.3"])
+def test_other_texts_in_yaml_stay_texts(tmp_path, text):
+    assert read_settings(written(tmp_path, "a.yaml", f"prompt: {text}")) == {"instance_prompt": text.strip("'")}
 
 
 @pytest.mark.parametrize("values", [{"instance_data_dir": None}, {"dataset_dir": "dataset"}])
@@ -152,30 +248,36 @@ def test_class_images_need_a_prompt(prompt):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("a1", "four", "a1 must be a whole number, not 'four'"),
+        ("a1", "four", "a1 must be a whole number of at least 1, not 'four'"),
+        ("a1", "4", "a1 must be a whole number of at least 1, not '4'"),
+        ("a2", 0, "a2 must be a whole number of at least 1, not 0"),
         ("a1", 4.0, "a1 must be a whole number"),
-        ("repeats", True, "repeats must be a whole number, not True"),
+        ("repeats", True, "repeats must be a whole number of at least 1, not True"),
         ("center_crop", "maybe", "center_crop must be true or false, not 'maybe'"),
         ("random_flip", 1, "random_flip must be true or false"),
-        ("learning_rate", "fast", "learning_rate cannot be 'fast'"),
-        ("alpha", [1], r"alpha cannot be \[1\]"),
+        ("learning_rate", "fast", "learning_rate must be a finite number above 0, not 'fast'"),
+        ("alpha", [1], r"alpha must be a finite number, not \[1\]"),
         ("instance_prompt", 5, "instance_prompt must be a text, not 5"),
         ("instance_prompt", ["a toy"], "instance_prompt must be a text"),
-        ("output_dir", 5, "output_dir cannot be 5"),
+        ("output_dir", 5, "output_dir must be a path, not 5"),
+        ("output_dir", "~nobody-of-this-name/toy", "output_dir must be a path, not '~nobody"),
         ("dtype", "float8", "dtype must be one of float32, float16, bfloat16, not 'float8'"),
         ("on_bad_image", "ignore", "on_bad_image must be one of stop, skip"),
         ("optimizer", "sgd", "optimizer must be one of adamw, adamw8bit, prodigy"),
         ("init_a", {}, "init_a must be one of zeros, normal"),
-        ("factors", {"to_k": 4}, "factors cannot be"),
+        ("factors", {"to_k": 4}, r"factors must be such as {'to_k\|to_v': \[2, 32\]}, not {'to_k': 4}\.$"),
+        ("factors", {"to_k": [4, 0]}, "factors must be such as"),
+        ("dropout", 1.0, r"dropout must be a finite number of at least 0 and below 1, not 1\.0"),
+        ("also", "lora", "also must be 'lokr', not 'lora'"),
         ("validation_prompt", [1], "validation_prompt must be a text or a list of texts"),
-        ("num_class_images", 0, "num_class_images must be at least 1"),
-        ("sample_batch_size", 0, "sample_batch_size must be at least 1"),
-        ("validation_steps", 0, "validation_steps must be at least 1"),
-        ("validation_inference_steps", 0, "validation_inference_steps must be at least 1"),
-        ("alpha", True, "alpha must be a number, not True"),
+        ("num_class_images", 0, "num_class_images must be a whole number of at least 1"),
+        ("sample_batch_size", 0, "sample_batch_size must be a whole number of at least 1"),
+        ("validation_steps", 0, "validation_steps must be a whole number of at least 1"),
+        ("validation_inference_steps", 0, "validation_inference_steps must be a whole number of at least 1"),
+        ("alpha", True, "alpha must be a finite number, not True"),
         ("with_prior_preservation", True, "with_prior_preservation needs a class_prompt"),
-        ("factors", ["to_k=4,8"], "factors cannot be"),
-        ("factors", {"to_k": [4, 8, 16]}, "factors cannot be"),
+        ("factors", ["to_k=4,8"], "factors must be such as"),
+        ("factors", {"to_k": [4, 8, 16]}, "factors must be such as"),
         ("max_train_steps", 0, "max_train_steps must be a whole number of at least 1"),
     ],
 )
@@ -184,7 +286,7 @@ def test_a_value_of_another_type_is_refused_by_name(name, value, said):
         settings(**{name: value})
 
 
-@given(st.sampled_from([one.name for one in ALL]), st.none() | st.booleans() | st.integers() | st.floats() | st.text())
+@given(st.sampled_from(list(NAMES)), st.none() | st.booleans() | st.integers() | st.floats() | st.text())
 def test_any_value_of_any_setting_is_taken_or_refused_by_a_helpful_error(name, value):
     try:
         found = settings(**{name: value})
@@ -198,8 +300,8 @@ def test_any_value_of_any_setting_is_taken_or_refused_by_a_helpful_error(name, v
     [
         ("a.yaml", "a1: [", "cannot be read"),
         ("a.toml", "a1 = ", "cannot be read"),
-        ("a.yaml", "- a1", "should be a list of names and values"),
-        ("a.yaml", "", "should be a list of names and values"),
+        ("a.yaml", "- a1", "should be names and values"),
+        ("a.yaml", "", "should be names and values"),
     ],
 )
 def test_a_file_that_is_no_list_of_settings_is_refused_by_name(tmp_path, name, text, said):
@@ -223,11 +325,11 @@ def test_checkpoints_go_beside_the_adapter(output, folder):
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [
-        ({}, torch.float32),
-        ({"mixed_precision": "bf16"}, torch.bfloat16),
-        ({"mixed_precision": "fp16"}, torch.float16),
-        ({"mixed_precision": "bf16", "dtype": "float32"}, torch.float32),
-        ({"dtype": "float16"}, torch.float16),
+        ({}, "float32"),
+        ({"mixed_precision": "bf16"}, "bfloat16"),
+        ({"mixed_precision": "fp16"}, "float16"),
+        ({"mixed_precision": "bf16", "dtype": "float32"}, "float32"),
+        ({"dtype": "float16"}, "float16"),
     ],
 )
 def test_the_base_is_of_the_type_that_products_are_computed_in(values, dtype):

@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from diffusekrona import KronAConfig
 from diffusekrona.errors import ConfigError, KronAError
-from diffusekrona.tuner.config import PRESETS
+from diffusekrona.tuner.fields import PRESETS
 
 ZERO_TO_ONE = [float("nan"), float("inf"), -0.1, 1, 1.0, 2, "0.5", None, True]
 NOT_A_FACTOR = [0, -4, 2.0, "4", None, True, float("nan")]

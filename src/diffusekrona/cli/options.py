@@ -1,37 +1,52 @@
-"""Flags of a command from the fields of dataclasses, so that names, types, defaults and help are said once."""
+"""Flags from the fields of settings, so that names, types, defaults and help are declared once."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from ..errors import KronAError
-from ..training.settings import GROUPS, SHORTER, help_texts
+from ..schema import SettingsModel, short_name
+from ..training.settings import GROUPS
+
+Flags = list[inspect.Parameter]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting; it gets those that were given, and no others, by name."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    kept = {p.name for p in own}
-    flags = [_flag(one, heading, group) for heading, group in GROUPS.items() for one in fields(group)]
+def flags_of(group: type[SettingsModel], names: Iterable[str] | None = None, heading: str | None = None) -> Flags:
+    """A flag for each setting of a group, or for those of some names."""
+    return [_flag(group, name, heading) for name in names or group.model_fields]
 
-    def run(context: typer.Context, **values: Any) -> None:
-        given = {name: value for name, value in values.items() if name in kept or _is_given(context, name)}
-        if "factors" in given:
-            given["factors"] = factor_pattern(given["factors"])
-        command(**given)
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    signature = inspect.Signature([context, *own, *flags])
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    return run
+def flags_of_training() -> Flags:
+    """A flag for each setting of a run, under the headings of their groups."""
+    return [flag for group in GROUPS for flag in flags_of(group.model, heading=group.heading)]
+
+
+def with_flags(flags: Flags) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these flags, too; it gets those that were given, and no others, by name."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        always = {p.name for p in own}
+
+        def run(context: typer.Context, **values: Any) -> None:
+            given = {name: value for name, value in values.items() if name in always or _is_given(context, name)}
+            if "factors" in given:
+                given["factors"] = factor_pattern(given["factors"])
+            command(**given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        signature = inspect.Signature([context, *own, *flags])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return run
+
+    return decorate
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -39,23 +54,27 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _flag(one: Field[Any], heading: str, group: type) -> inspect.Parameter:
-    kind: Any = get_type_hints(group)[one.name]
-    flag = f"--{one.name.replace('_', '-')}"
-    names = [flag, *(f"--{short}" for short, name in SHORTER.items() if name == one.name)]
-    options: dict[str, Any] = {"help": help_texts(group)[one.name], "rich_help_panel": heading}
-    default = None if one.default is MISSING else one.default
+def help_of(group: type[SettingsModel], name: str) -> str:
+    """What a setting is, in one line."""
+    return " ".join((group.model_fields[name].description or "").split())
+
+
+def _flag(group: type[SettingsModel], name: str, heading: str | None) -> inspect.Parameter:
+    field, kind = group.model_fields[name], get_type_hints(group)[name]
+    flag, short = f"--{name.replace('_', '-')}", short_name(field)
+    options: dict[str, Any] = {"help": help_of(group, name), "rich_help_panel": heading}
+    default = None if field.is_required() or field.default_factory is not None else field.default
     if kind is bool:
-        names[0] += f"/--no-{flag[2:]}"
-    elif one.name == "factors":
+        flag += f"/--no-{flag[2:]}"
+    elif get_origin(kind) is dict:
         kind, options["metavar"] = list[str] | None, "REGEX=A1,A2"
     elif default is None:
         kind |= None
     return inspect.Parameter(
-        one.name,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option(*names, **options)],
+        annotation=Annotated[kind, typer.Option(*([f"--{short}"] if short else []), flag, **options)],
     )
 
 

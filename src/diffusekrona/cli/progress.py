@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,9 +15,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..training import TrainingStep
+from .console import errors
 
-errors = Console(stderr=True)
+if TYPE_CHECKING:
+    from ..training import TrainingStep
 
 
 @contextmanager
@@ -43,11 +43,11 @@ def progress(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Ca
 @contextmanager
 def training_progress(steps: int) -> Iterator[Callable[[TrainingStep], None]]:
     """A bar for `train_dreambooth`'s `on_step`: steps, recent loss, learning rate, speed, and time left."""
-    columns = (MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TextColumn("left"))
-    with progress("Training", *columns, total=steps, said="") as show:
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TextColumn("left"))
+    with progress("Training", *columns, total=steps, status="") as show:
         yield lambda done: show(
             completed=done.step,
-            said=f"loss {done.average:.4f} lr {done.learning_rate:.1e} {done.images_per_second:.3g} images/s",
+            status=f"loss {done.average:.4f} lr {done.learning_rate:.1e} {done.images_per_second:.3g} images/s",
         )
 
 

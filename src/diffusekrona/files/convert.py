@@ -14,13 +14,14 @@ from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_fact
 from ..kron.shapes import fewest_parameters, packed, stacked
 from ..storage import write_whole
 from ..tuner.names import in_component, layer_of
+from .formats import Format
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
 from .merge_base import folder_components
 from .read import Place, as_krona, read_adapters, updates_in
-from .write import Format, check_format, lokr_bytes
+from .write import check_format, lokr_bytes
 
 Progress = Callable[[int, int], None]
 """Called with how many layers are done and how many there are."""

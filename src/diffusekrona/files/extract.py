@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from ..base import BaseModelError
 from ..kron.exact import arithmetic_dtype
 from ..storage import read_names
-from ..tuner.config import ATTENTION, KronAConfig
+from ..tuner.config import KronAConfig
+from ..tuner.fields import ATTENTION
 from ..tuner.targets import target_layers
 from .convert import Conversion, Progress, Target, check_output, write_nearest
+from .formats import Format
 from .formats.updates import Update
 from .layouts.names import foreign_names
 from .merge_base import folder_components
 from .read import Place
-from .write import Format
 
 
 def extract(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -12,12 +12,9 @@ from ..errors import AdapterFileError
 from ..storage import data_hash, safetensors_bytes
 from ..tuner.names import factor_name
 from ..tuner.targets import layer_alpha, layer_shapes, target_layers
-from .formats import lokr
+from .formats import Format, lokr
 from .formats.krona import SavedAdapter
 from .layouts.names import diffusers_name, kohya_name
-
-Format = Literal["krona", "lokr", "lokr-diffusers"]
-"""Ours; LoKr with the names of kohya's scripts, LyCORIS and ComfyUI; LoKr with the names of Diffusers."""
 
 _ARCHITECTURES = {
     ("UNet2DConditionModel", 2048): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),

@@ -1,165 +1,107 @@
-"""What a setting may be, checked where it is made, with errors that name it."""
+"""How to train, and what becomes of each image: each setting with its type, bounds, default and meaning."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
-from ..errors import TrainingConfigError
-from .encoding import Keep
+from pydantic import Field, model_validator
 
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raise `TrainingConfigError` unless a value is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise TrainingConfigError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-
-
-def check_number(
-    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
-) -> None:
-    """Raise `TrainingConfigError` unless a value is a number within these limits."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not above < value < below or value < least:  # type: ignore[operator]
-        start = f"above {above:g}" if above > -math.inf else f"of at least {least:g}"
-        end = f" and below {below:g}" if below < math.inf else ""
-        raise TrainingConfigError(f"{name} must be a finite number {start}{end}, not {value!r}.")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise `TrainingConfigError` unless a value is true or false."""
-    if not isinstance(value, bool):
-        raise TrainingConfigError(f"{name} must be true or false, not {value!r}.")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise `TrainingConfigError` unless a value is one of these."""
-    if value not in choices:
-        raise TrainingConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
-
+from ..errors import KronAError, TrainingConfigError
+from ..schema import SettingsModel
 
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 OnNonFinite = Literal["stop", "skip"]
+Keep = Literal["memory", "disk", "none"]
+OnBadImage = Literal["stop", "skip"]
 
 ENCODER_RATES = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_3_lr")
 """Learning rates of the text encoders, by their names in a pipeline."""
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train. The defaults are the paper's: about 1000 steps at 5e-4 (Sections 4.1, D.3, D.4).
+class TrainingSettings(SettingsModel):
+    """A group of a run's settings; those that no run could use are a `TrainingConfigError`."""
 
-    Args:
-        max_train_steps: Optimizer steps. Simple subjects are learnt by 500, intricate ones by 1000 (Appendix D.4).
-        learning_rate: Learning rate. From 1e-4 to 1e-3 works; above, prompts are ignored (Appendix D.3). Prodigy
-            wants 1.
-        text_encoder_lr: Learning rate of the text encoders' adapters; by default the same.
-        text_encoder_2_lr: That of the second text encoder, of SDXL and SD3; by default text_encoder_lr.
-        text_encoder_3_lr: That of the third one, of SD3; by default text_encoder_lr.
-        loraplus_lr_ratio: Learning rate of B, of KronA and of LoRA, over that of A; LoRA+'s λ.
-        train_text_encoder: Adapt the text encoders' attention, too, as the paper does for Stable Diffusion 1.x. They
-            are then run in every step.
-        train_batch_size: Images per pass and process; may exceed the number of images, which are then drawn repeatedly.
-        gradient_accumulation_steps: Passes whose gradients are averaged into one optimizer step.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        mixed_precision: "no", "fp16" (GPU only) or "bf16": the type that matrix products are computed in. The
-            factors, their gradients and the loss are always float32.
-        cache: Where encoded images and prompts stay: "memory", "disk", or "none" to encode them in every step.
-        random_flip: Show each image mirrored half of the time. Not for subjects with lettering.
-        seed: Of everything random in a run. On a CPU, equal seeds give equal factors, bit for bit.
-        optimizer: "adamw", "adamw8bit" (needs bitsandbytes) or "prodigy" (needs prodigyopt).
-        adam_beta1: Of the optimizer's first moment.
-        adam_beta2: Of its second moment.
-        adam_weight_decay: Of the optimizer.
-        adam_epsilon: Of the optimizer.
-        max_grad_norm: Gradients longer than this are scaled down to it; 0 leaves them alone.
-        lr_scheduler: How the learning rate runs over the steps; the name of a Diffusers schedule.
-        lr_warmup_steps: Steps over which the learning rate rises from zero, in the schedules that have that.
-        lr_num_cycles: Restarts of "cosine_with_restarts".
-        lr_power: Of "polynomial".
-        snr_gamma: Weights the loss by Min-SNR with this γ, usually 5; by default all noise levels count alike.
-        noise_offset: Standard deviation of noise that is the same all over a channel; 0.05 to 0.1 lets a diffusion
-            learn very bright and very dark pictures.
-        ema_decay: Keep an exponential moving average of the factors with this decay, such as 0.99, and save that.
-        prior_loss_weight: Of the class images' loss beside the subject's (prior preservation).
-        on_non_finite: What to do where a loss or a gradient is no finite number: "stop", or "skip" the step.
-        checkpointing_steps: Save the state of the run every so many steps.
-        checkpoints_total_limit: How many of these to keep, the newest.
+    error: ClassVar[type[KronAError]] = TrainingConfigError
+
+
+class TrainingConfig(TrainingSettings):
+    """How to train. The defaults are the paper's: about 1000 steps at 5e-4 (Sections 4.1, D.3, D.4).
 
     Raises:
         TrainingConfigError: a value that no run could use.
     """
 
-    max_train_steps: int = 1000
-    learning_rate: float = 5e-4
-    text_encoder_lr: float | None = None
-    text_encoder_2_lr: float | None = None
-    text_encoder_3_lr: float | None = None
-    loraplus_lr_ratio: float = 1.0
+    max_train_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps. Simple subjects are learnt by 500, intricate ones by 1000 (Appendix D.4)."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Learning rate. From 1e-4 to 1e-3 works; above, prompts are ignored (Appendix D.3). Prodigy wants 1."""
+    text_encoder_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the text encoders' adapters; by default it is learning_rate."""
+    text_encoder_2_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the second text encoder, in SDXL and SD3; by default it is text_encoder_lr."""
+    text_encoder_3_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the third text encoder, in SD3; by default it is text_encoder_lr."""
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of B divided by that of A, for KronA and LoRA; the λ of LoRA+."""
     train_text_encoder: bool = False
-    train_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
+    """Adapt the text encoders' attention, too, as the paper does for Stable Diffusion 1.x; they then run in
+    each step."""
+    train_batch_size: int = Field(default=1, ge=1)
+    """Images per pass and process. Where there are fewer images, some are drawn repeatedly."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Passes whose gradients are averaged into one optimizer step."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     mixed_precision: Precision = "no"
+    """Type that matrix products are computed in: "no" for float32, "fp16" (on a GPU only) or "bf16". The factors, their
+    gradients and the loss are always float32."""
     cache: Keep = "memory"
+    """Where encoded images and prompts stay: "memory", "disk", or "none" to encode them in every step."""
     random_flip: bool = False
-    seed: int = 0
+    """Show each image mirrored half of the time. It does not suit subjects with lettering."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random in a run. On a CPU, equal seeds give equal factors, bit for bit."""
     optimizer: Optimizer = "adamw"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    """Optimizer: "adamw", "adamw8bit" (needs bitsandbytes) or "prodigy" (needs prodigyopt)."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of the optimizer's first moment, the mean of the gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay rate of the optimizer's second moment, the mean of the squared gradients."""
+    adam_weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay of the optimizer; 0 turns it off."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Number that the optimizer adds to the root of the second moment, against division by zero."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Norm that longer gradients are scaled down to; 0 leaves all of them alone."""
     lr_scheduler: Schedule = "constant"
-    lr_warmup_steps: int = 0
-    lr_num_cycles: int = 1
-    lr_power: float = 1.0
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    ema_decay: float | None = None
-    prior_loss_weight: float = 1.0
+    """Course of the learning rate over the steps, by the name of a Diffusers schedule."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from zero; "constant" has no such steps."""
+    lr_num_cycles: int = Field(default=1, ge=1)
+    """Number of cycles of the schedule "cosine_with_restarts"."""
+    lr_power: float = Field(default=1.0, gt=0)
+    """Exponent of the schedule "polynomial"; 1 makes it linear."""
+    snr_gamma: float | None = Field(default=None, gt=0)
+    """The γ of Min-SNR, usually 5, by which the loss is weighted; by default all noise levels count alike."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise that is the same all over a channel; 0.05 to 0.1 lets a diffusion model learn very
+    bright and very dark pictures."""
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of an exponential moving average of the factors, such as 0.99, which is then saved instead of them; by
+    default there is none."""
+    prior_loss_weight: float = Field(default=1.0, ge=0)
+    """Weight of the class images' loss beside the subject's, with prior preservation."""
     on_non_finite: OnNonFinite = "stop"
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
+    """What to do when a loss or a gradient is not finite: "stop", or "skip" the step."""
+    checkpointing_steps: int = Field(default=500, ge=1)
+    """Number of steps after which the state of the run is saved each time."""
+    checkpoints_total_limit: int = Field(default=2, ge=1)
+    """Number of checkpoints that are kept, the newest ones."""
 
-    def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("checkpointing_steps", "checkpoints_total_limit"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("seed", "lr_warmup_steps"):
-            check_whole(name, getattr(self, name), 0)
-        for name in ("learning_rate", "loraplus_lr_ratio", "adam_epsilon", "lr_power"):
-            check_number(name, getattr(self, name), above=0)
-        for name in ("adam_weight_decay", "max_grad_norm", "noise_offset", "prior_loss_weight"):
-            check_number(name, getattr(self, name), least=0)
-        for name in (*ENCODER_RATES, "snr_gamma"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), above=0)
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), least=0, below=1)
-        for name in ("train_text_encoder", "gradient_checkpointing", "random_flip"):
-            check_flag(name, getattr(self, name))
-        for name, choices in (
-            ("mixed_precision", Precision),
-            ("lr_scheduler", Schedule),
-            ("optimizer", Optimizer),
-            ("cache", Keep),
-            ("on_non_finite", OnNonFinite),
-        ):
-            check_choice(name, getattr(self, name), get_args(choices))
-        self._check_warmup()
-        for name in ENCODER_RATES:
-            if getattr(self, name) is not None and not self.train_text_encoder:
-                raise TrainingConfigError(
-                    f"{name} is given, but the text encoders are not trained: train_text_encoder."
-                )
-
-    def _check_warmup(self) -> None:
+    @model_validator(mode="after")
+    def _check_warmup(self) -> TrainingConfig:
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise TrainingConfigError(
                 f"lr_scheduler 'constant' has no warm-up, but lr_warmup_steps is {self.lr_warmup_steps}. "
@@ -170,3 +112,29 @@ class TrainingConfig:
                 f"lr_warmup_steps ({self.lr_warmup_steps}) must be below max_train_steps ({self.max_train_steps}), "
                 "or the learning rate never reaches its value."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_encoder_rates(self) -> TrainingConfig:
+        for name in ENCODER_RATES:
+            if getattr(self, name) is not None and not self.train_text_encoder:
+                raise TrainingConfigError(
+                    f"{name} is given, but the text encoders are not trained: turn train_text_encoder on."
+                )
+        return self
+
+
+class ImageSettings(TrainingSettings):
+    """What becomes of each image."""
+
+    resolution: int | None = Field(default=None, ge=1)
+    """Side of the training images in pixels; by default it is the base's own. With buckets, it is the root of their
+    area."""
+    center_crop: bool = True
+    """Cut out the middle of each image; otherwise a random part, another one for each repeat."""
+    repeats: int = Field(default=1, ge=1)
+    """Number of times that each image is used in an epoch."""
+    aspect_ratio_buckets: bool = False
+    """Cut each image to the nearest of several sizes of the same area, instead of squares."""
+    on_bad_image: OnBadImage = "stop"
+    """What to do about an image that cannot be read: "stop", or "skip" it with a warning."""

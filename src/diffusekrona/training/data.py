@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from pydantic import Field
 
 from ..captions import read_caption
 from ..errors import DatasetError
 from ..images import NO_IMAGE, UnreadableImageError, image_paths, read_image, upright_rgb
-from .config import check_choice, check_flag, check_whole
+from .config import ImageSettings
 from .randomness import generator_for
 
 Size = tuple[int, int]
@@ -48,8 +49,6 @@ def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda one: (abs(math.log(one[0] / one[1]) - ratio), -one[0] * one[1]))
 
 
-OnBadImage = Literal["stop", "skip"]
-
 _log = logging.getLogger(__name__)
 
 
@@ -77,37 +76,22 @@ class TrainingImage:
         return (*self.original_size, *self.crop_top_left, self.image.height, self.image.width)
 
 
-@dataclass(frozen=True)
-class ImagePlan:
-    """What becomes of each image.
-
-    Attributes:
-        resolution: side of the square results in pixels; with buckets, the root of their area.
-        center_crop: cut out the middle; otherwise a random part, another one for each repeat.
-        repeats: how often each image is there.
-        aspect_ratio_buckets: cut each image to the nearest of several sizes of the same area, in place of squares.
-        multiple: sides are multiples of this.
-        seed: of the random parts.
-        on_bad_image: "stop" at an image that cannot be read, or "skip" it with a warning.
+class ImagePlan(ImageSettings):
+    """What becomes of each image, where the side of the results is known.
 
     Raises:
         TrainingConfigError: a value that no image could be made by.
     """
 
-    resolution: int
-    center_crop: bool = True
-    repeats: int = 1
-    aspect_ratio_buckets: bool = False
-    multiple: int = 8
-    seed: int = 0
-    on_bad_image: OnBadImage = "stop"
+    resolution: int = Field(ge=1)
+    """Side of the square results in pixels; with buckets, the root of their area."""
+    multiple: int = Field(default=8, ge=1)
+    """Number that the sides of all results are multiples of, in pixels."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the random parts that are cut out."""
 
-    def __post_init__(self) -> None:
-        for name in ("resolution", "repeats", "multiple"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("center_crop", "aspect_ratio_buckets"):
-            check_flag(name, getattr(self, name))
-        check_choice("on_bad_image", self.on_bad_image, get_args(OnBadImage))
+    def __init__(self, resolution: int, **values: Any) -> None:
+        super().__init__(resolution=resolution, **values)
 
     @property
     def sizes(self) -> list[Size]:

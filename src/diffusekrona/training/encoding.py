@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..storage import digest, read_safetensors, safetensors_bytes, write_whole
+from .config import Keep
 from .families import Family
 
-Keep = Literal["memory", "disk", "none"]
 Key = TypeVar("Key")
 
 

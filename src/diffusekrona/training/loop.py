@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +348,7 @@ class _Run:
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         state = {
             "step": len(self.losses),
-            "config": {**self._about, **asdict(self._config)},
+            "config": {**self._about, **dict(self._config)},
             "images": [source.marks for source, _ in self._sources],
             "processes": self._accelerator.num_processes,
             "optimizer": values,
@@ -393,7 +393,7 @@ class _Run:
 
     def _check_same(self, found: Checkpoint) -> None:
         """Raise `CheckpointError` unless a checkpoint is of this very run."""
-        now, then = {**self._about, **asdict(self._config)}, found.values["config"]
+        now, then = {**self._about, **dict(self._config)}, found.values["config"]
         problems = [
             f"{name} was {then.get(name)!r} and is {now[name]!r}"
             for name in now

@@ -123,16 +123,16 @@ def plan(settings: Settings) -> Plan:
     Raises:
         KronAError: the base has no configuration that can be read, or the images or the adapter do not suit it.
     """
-    data, training = settings.data, settings.training
-    folder = base_configs(data.pretrained_model_name_or_path)
-    with FakeTensorMode(), default_dtype(settings.base_dtype):
+    training = settings.training
+    folder = base_configs(settings.data.pretrained_model_name_or_path)
+    with FakeTensorMode(), default_dtype(getattr(torch, settings.base_dtype)):
         pipe = _pipeline(folder)
         denoiser = family_of(pipe).denoiser
         encoders = text_encoders(pipe)
         trained = [denoiser, *(encoders if training.train_text_encoder else [])]
         of_base = sum(p.numel() for module in trained for p in module.parameters())
         krona = inject_krona(pipe, settings.adapter.config(), text_encoders=training.train_text_encoder)
-        side = training_resolution(pipe, data.resolution)
+        side = training_resolution(pipe, settings.images.resolution)
         images = training_images(settings, image_plan(settings, side, image_reduction(pipe)))
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
         activations = _activation_bytes(

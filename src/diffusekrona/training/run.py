@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -78,10 +79,10 @@ class _Done:
 
 
 def _train(settings: Settings, on_step: OnStep | None, on_class_image: Callable[[int, int], None] | None) -> _Done:
-    output, data = settings.output, settings.data
-    pipe = load_base(data.pretrained_model_name_or_path, settings.base_dtype)
+    output, data, adapter = settings.output, settings.data, settings.adapter.config()
+    pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype))
     pipe.set_progress_bar_config(disable=True)
-    plan = image_plan(settings, training_resolution(pipe, data.resolution), image_reduction(pipe))
+    plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), image_reduction(pipe))
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
     writes = this_process().is_main_process
@@ -100,7 +101,7 @@ def _train(settings: Settings, on_step: OnStep | None, on_class_image: Callable[
             images,
             data.instance_prompt or "",
             settings.training,
-            settings.adapter.config(),
+            adapter,
             class_images=others,
             on_step=after,
             folder=output.run_folder,
@@ -210,15 +211,8 @@ def _push(path: Path, repository: str) -> None:
 
 def image_plan(settings: Settings, resolution: int, multiple: int) -> ImagePlan:
     """What becomes of each image."""
-    data = settings.data
     return ImagePlan(
-        resolution,
-        center_crop=data.center_crop,
-        repeats=data.repeats,
-        aspect_ratio_buckets=data.aspect_ratio_buckets,
-        multiple=multiple,
-        seed=settings.training.seed,
-        on_bad_image=data.on_bad_image,
+        **{**dict(settings.images), "resolution": resolution, "multiple": multiple, "seed": settings.training.seed}
     )
 
 

@@ -7,26 +7,26 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from peft import PeftConfig
 
 from ..errors import ConfigError
 from ..kron.shapes import Layout
+from .fields import ATTENTION, FIELDS, PRESETS, Init
 from .mixed import allow_mixing
 from .names import PREFIX
-
-Init = Literal["zeros", "normal", "normal_sqrt", "kaiming_uniform", "xavier_uniform"]
-
-ATTENTION = "attention"
-PRESETS = (ATTENTION, "attention+ff", "cross-attention")
-"""Words that `target_modules` may be; `targets.py` says what they mean in a model."""
 
 
 class KronAPeftType(str, Enum):
     """KronA's entry in PEFT's tables of methods. A `str`, because saved configs hold it as text."""
 
     KRONA = "KRONA"
+
+
+def _declared(name: str) -> Any:
+    default, text = FIELDS[name]
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -75,14 +75,12 @@ class KronAConfig(PeftConfig):
         (2, 32)
     """
 
-    a1: int = field(default=4, metadata={"help": "Rows of A; must divide the layer's outputs."})
-    a2: int = field(default=64, metadata={"help": "Columns of A; must divide the layer's inputs."})
-    alpha: float = field(default=1.0, metadata={"help": "Scale s of the update s·A ⊗ B."})
-    num_terms: int = field(default=1, metadata={"help": "Products that are summed."})
-    b_rank: int | None = field(default=None, metadata={"help": "Rank of a B that is itself a product, as in LoKr."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=ATTENTION, metadata={"help": "Layers to adapt; default: the attention projections Q, K, V, O."}
-    )
+    a1: int = _declared("a1")
+    a2: int = _declared("a2")
+    alpha: float = _declared("alpha")
+    num_terms: int = _declared("num_terms")
+    b_rank: int | None = _declared("b_rank")
+    target_modules: list[str] | set[str] | str | None = _declared("target_modules")
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
     factor_pattern: dict[str, tuple[int, int]] = field(
         default_factory=dict, metadata={"help": "Regular expression → (a1, a2) of the layers it matches."}
@@ -90,9 +88,9 @@ class KronAConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Regular expression → alpha of the layers it matches."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Probability of zeroing an input of the update."})
-    init_a: Init = field(default="normal", metadata={"help": "How A starts."})
-    init_b: Init = field(default="zeros", metadata={"help": "How B starts."})
+    dropout: float = _declared("dropout")
+    init_a: Init = _declared("init_a")
+    init_b: Init = _declared("init_b")
     layout: Layout = field(default="kron", metadata={"help": "Order of the outputs; 'kron' unless imported."})
     init_weights: bool = field(default=True, metadata={"help": "False makes both factors random, for tests."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})

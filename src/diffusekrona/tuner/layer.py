@@ -24,7 +24,7 @@ from .compat import (
     onloaded,
     padding_of,
 )
-from .config import Init
+from .fields import Init
 from .merged import MergedWeight
 from .quantized import Original
 

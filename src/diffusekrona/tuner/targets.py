@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import ConfigError, FactorShapeError
 from ..kron.shapes import UpdateShapes, factor_shapes, update_shapes
 from .compat import BaseTunerLayer, get_pattern_key, include_all_linear_layers, is_feed_forward, is_targeted
-from .config import ATTENTION, PRESETS, KronAConfig
+from .config import KronAConfig
+from .fields import ATTENTION, PRESETS
 from .layer import layer_size
 from .names import unwrapped_name
 

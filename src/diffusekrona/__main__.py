@@ -1,0 +1,5 @@
+"""`python -m diffusekrona`."""
+
+from .cli import app
+
+app()

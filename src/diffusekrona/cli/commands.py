@@ -1,0 +1,50 @@
+"""How commands run and end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+
+from ..errors import KronAError, TrainingInterrupted
+from .console import errors
+
+
+class Commands(TyperGroup):
+    """Ends a command with one line instead of a traceback where the user can mend it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; exit code 1 for an error of ours or of the system, 130 for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except (KronAError, OSError) as error:
+            errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            errors.print(escape(_stopped(interrupt)), soft_wrap=True, highlight=False)
+            raise typer.Exit(130) from interrupt
+
+
+def _stopped(interrupt: KeyboardInterrupt) -> str:
+    if isinstance(interrupt, TrainingInterrupted) and interrupt.checkpoint is not None:
+        from ..training.run import train_command
+
+        again = train_command(interrupt.checkpoint.parents[1], resume=True)
+        return f"{interrupt} Its state is in {interrupt.checkpoint}. To go on from there:\n{again}"
+    return "Stopped before the end."
+
+
+class QuietCommand(TyperCommand):
+    """A command during which Diffusers and transformers print errors only, and no progress bars."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        import diffusers
+        import transformers
+
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        return super().invoke(ctx)
