@@ -4,6 +4,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -94,6 +96,46 @@ def test_the_progress_bar_shows_the_loss_and_stays_off_standard_output(base, ima
     result = run("train", "--base", base, "--images", images, "--output", tmp_path / "toy", *TRAIN)
     assert re.search(r"Training .*3/3 loss \d\.\d{4} lr 5\.0e-02 \d[\d.]* images/s left \d:\d\d:\d\d", result.stderr)
     assert "Training" not in result.stdout
+    assert "leaves out" not in result.stderr
+
+
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding:
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {"tensorboard", "matplotlib", "datasets", "prodigyopt", "bitsandbytes"}
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(PathFinder, name)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding()
+sys.argv[0] = "diffusekrona"
+from diffusekrona.cli import app
+app()
+"""
+
+
+def test_without_the_extra_packages_training_runs_and_one_line_says_what_is_left_out(base, images, tmp_path):
+    options = ["--validation-prompt", "a sks toy", "--validation-inference-steps", "1"]
+    command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy", *TRAIN, *options]
+    program = [sys.executable, "-c", HIDING, *map(str, command)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "leaves out" in line] == [
+        "This run leaves out TensorBoard's files, the loss curve and the sheet of pictures, which need tensorboard and "
+        "matplotlib. To have them, pip install 'diffusekrona[train]'."
+    ]
+    folder = tmp_path / "toy" / "run"
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", "report.html", "settings.yaml", "validation"}
+    assert [path.name for path in (folder / "validation").iterdir()] == ["step-00000003-0.png"]
+    page = (folder / "report.html").read_text()
+    assert "<h2>Settings</h2>" in page
+    assert "<h2>Loss</h2>" not in page
+    assert "<h2>Validation</h2>" not in page
+    load_krona(tiny_sd_pipeline(), tmp_path / "toy")
 
 
 def test_every_option_of_training_is_accepted_together(base, images, tmp_path):

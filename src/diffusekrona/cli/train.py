@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..training.settings import Settings, read_settings
-from .console import console, print_line
+from .console import console, errors, print_line
 from .options import flags_of_training, with_flags
 from .progress import class_images_progress, training_progress
 
@@ -37,8 +37,11 @@ def train(
 def _run(settings: Settings) -> None:
     from rich.filesize import decimal
 
+    from ..training.reports import left_out
     from ..training.run import run
 
+    if (text := left_out()) is not None:
+        errors.print(text, soft_wrap=True, markup=False)
     with class_images_progress() as on_class_image, training_progress(settings.training.max_train_steps) as on_step:
         outcome = run(settings, on_step, on_class_image)
     if not outcome.saved:  # by another process

@@ -1,21 +1,20 @@
-"""Pictures of the run's progress: the same prompts and seeds every so many steps, all on one sheet."""
+"""How a run is told of: validation pictures, TensorBoard and Weights & Biases, a page, and a model card."""
 
 from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import TrainingConfigError
 from ..generation import generate_images
@@ -23,6 +22,26 @@ from ..images import figure_png, image_png
 from ..storage import write_whole
 from .loop import TrainingStep
 from .runtime import modes_kept
+from .settings import ReportTo
+
+_REPORTS = {
+    "tensorboard": ["TensorBoard's files"],
+    "matplotlib": ["the loss curve", "the sheet of pictures"],
+}
+"""What a run writes with each package that only the extra `train` brings."""
+
+
+def left_out() -> str | None:
+    """A line about what a run does not write here for want of packages; None where it writes everything."""
+    missing = [package for package in _REPORTS if find_spec(package) is None]
+    if not missing:
+        return None
+    *first, last = [part for package in missing for part in _REPORTS[package]]
+    parts = f"{', '.join(first)} and {last}" if first else last
+    return (
+        f"This run leaves out {parts}, which need {' and '.join(missing)}. "
+        "To have them, pip install 'diffusekrona[train]'."
+    )
 
 
 class Validation:
@@ -46,11 +65,12 @@ class Validation:
         self._options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
 
     def draw(self, step: int) -> list[Image.Image]:
-        """Draw all prompts after a step, and the sheet anew."""
+        """Draw all prompts after a step, and the sheet anew where matplotlib is installed."""
         images = self._drawn_prompts()
         if self._folder is not None:
             write_whole({_file(self._folder, step, number): image_png(image) for number, image in enumerate(images)})
-            write_whole({self._folder / "sheet.png": self._drawn_sheet(self._folder)})
+            if find_spec("matplotlib") is not None:
+                write_whole({self._folder / "sheet.png": self._drawn_sheet(self._folder)})
         return images
 
     def _drawn_prompts(self) -> list[Image.Image]:
@@ -103,14 +123,11 @@ def ready_to_draw(pipe: Any, device: torch.device | None = None) -> Iterator[Non
                 module.to(home)
 
 
-ReportTo = Literal["tensorboard", "wandb"]
-
-
 class Trackers:
     """Where a run's progress is written.
 
     Args:
-        folder: of TensorBoard's files; those of Weights & Biases go beside it.
+        folder: of TensorBoard's files, where it is installed; those of Weights & Biases go beside it.
         settings: of the run.
         report_to: "wandb" for Weights & Biases, too.
         resumed_at: the step that the run goes on from; what TensorBoard has of later ones is hidden.
@@ -120,10 +137,14 @@ class Trackers:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], report_to: ReportTo, resumed_at: int = 0) -> None:
-        self._board = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else None)
+        self._board: Any = None
         self._wandb: Any = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else None)
         if report_to == "wandb":
-            if importlib.util.find_spec("wandb") is None:
+            if find_spec("wandb") is None:
                 raise TrainingConfigError("report_to 'wandb' needs the package: pip install wandb.")
             import wandb
 
@@ -132,15 +153,17 @@ class Trackers:
     def step(self, done: TrainingStep) -> None:
         """Write down a step."""
         values = {"loss": done.loss, "learning_rate": done.learning_rate, "images_per_second": done.images_per_second}
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, done.step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"train/{name}", value, done.step)
         if self._wandb is not None:
             self._wandb.log(values, step=done.step)
 
     def pictures(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
         """Write down validation pictures."""
-        for number, image in enumerate(images):
-            self._board.add_image(f"validation/{number}", np.asarray(image), step, dataformats="HWC")
+        if self._board is not None:
+            for number, image in enumerate(images):
+                self._board.add_image(f"validation/{number}", np.asarray(image), step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
@@ -149,7 +172,8 @@ class Trackers:
 
     def close(self) -> None:
         """Write what is still to be written."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -177,7 +201,7 @@ def run_page(
         command: that repeats the run.
         facts: what came of it.
         settings: all of them.
-        losses: one per step; NaN where it was skipped.
+        losses: one per step, drawn where matplotlib is installed; NaN where a step was skipped.
         sheet: the picture of validations; left out where there is none.
     """
     parts = [
@@ -185,9 +209,9 @@ def run_page(
         _table(facts),
         "<h2>Again</h2>",
         f"<pre>{html.escape(command)}</pre>",
-        "<h2>Loss</h2>",
-        _picture(loss_curve(losses), "the loss over the steps"),
     ]
+    if find_spec("matplotlib") is not None:
+        parts += ["<h2>Loss</h2>", _picture(loss_curve(losses), "the loss over the steps")]
     if sheet.is_file():
         parts += ["<h2>Validation</h2>", _picture(sheet.read_bytes(), "validation prompts over the steps")]
     parts += ["<h2>Settings</h2>", _table(settings)]
