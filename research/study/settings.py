@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffusekrona.errors import KronAError
+from diffusekrona.errors import KronAError, TrainingConfigError
+from diffusekrona.schema import read_mapping, unknown
 from diffusekrona.training import TrainingConfig
 
 
@@ -101,8 +99,8 @@ class StudySettings:
         """How to train, with some values of one's own."""
         try:
             return TrainingConfig(**{**self.training, **values})
-        except TypeError as error:
-            raise StudySettingsError(f"training has a name that TrainingConfig has not: {error}") from error
+        except TrainingConfigError as error:
+            raise StudySettingsError(f"The study's training cannot be as it says. {error}") from error
 
     def check_folders(self) -> None:
         """Raise `StudySettingsError` if some subject's pictures are not there."""
@@ -132,10 +130,7 @@ def read_study_settings(path: Path) -> StudySettings:
     known = {one.name: one for one in fields(StudySettings)}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise StudySettingsError(
-                f"{path} has a setting {name!r}, which there is not" + (f"; did you mean {near[0]!r}?" if near else ".")
-            )
+            raise StudySettingsError(f"{path}: {unknown(str(name), known)}")
     missing = [
         name
         for name, one in known.items()
@@ -153,12 +148,7 @@ def read_study_settings(path: Path) -> StudySettings:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StudySettingsError(f"The settings {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise StudySettingsError(f"The settings {path} should be names and values, such as `base: models/emoji-sdxl`.")
+    values = read_mapping(path, StudySettingsError)
     extended = values.pop("extends", None)
     return values if extended is None else {**_read(path.parent / extended), **values}
 

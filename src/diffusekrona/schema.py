@@ -101,10 +101,8 @@ def _schema(group: type[BaseModel]) -> dict[str, Any]:
 def _expected(schema: Mapping[str, Any]) -> str:
     """What a setting may be, such as "a whole number of at least 1"."""
     kind, *_ = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
-    if "enum" in kind:
-        return f"one of {', '.join(kind['enum'])}"
-    if "const" in kind:
-        return repr(kind["const"])
+    if choices := kind.get("enum") or [value for key, value in kind.items() if key == "const"]:
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else repr(choices[0])
     if "examples" in schema:
         return f"such as {schema['examples'][0]}"
     bounds = {

@@ -97,7 +97,7 @@ def test_public_names_are_those_of_the_list_and_no_others(package):
     exec(f"from {package} import *", found)
     module = importlib.import_module(package)
     assert found.keys() - {"__builtins__"} == set(module.__all__)
-    assert all(found[name] is getattr(module, name) for name in module.__all__)
+    assert all(found[name] == getattr(module, name) for name in module.__all__)
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
         module.nothing  # noqa: B018
 

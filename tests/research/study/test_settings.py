@@ -77,7 +77,7 @@ def small(**changes):
         ({"prompts": []}, "needs subjects, prompts"),
         ({"subjects": {"dog": {"images": "dogs"}}}, "its `kind`"),
         ({"held_back": ["cat"]}, "none of the subjects"),
-        ({"training": {"steps": 3}}, "TrainingConfig"),
+        ({"training": {"steps": 3}}, "The study's training cannot be as it says. There is no setting 'steps'"),
         ({"training": {"max_train_steps": 0}}, "max_train_steps"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
     ],
