@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 
 from . import unet as unet_stage
 from . import vae as vae_stage
@@ -14,20 +14,6 @@ from .training import note, pick_device
 FOLDER = ROOT / "models" / "drawings-sdxl"
 
 
-def assemble(model: unet_stage.Model, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
-    """The pipeline around the given networks."""
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=model.text.first,
-        text_encoder_2=model.text.second,
-        tokenizer=model.text.tokenizer,
-        tokenizer_2=model.text.tokenizer,
-        unet=model.unet,
-        scheduler=unet_stage.build_scheduler(),
-        add_watermarker=False,
-    )
-
-
 def export(folder: Path = FOLDER) -> None:
     """Write the pipeline's folder from the averaged weights.
 
@@ -35,7 +21,7 @@ def export(folder: Path = FOLDER) -> None:
     `from_pretrained`: transformers takes its networks' type from the config, diffusers always takes float32.
     """
     model = unet_stage.averaged()
-    assemble(model, vae_stage.load()).to(dtype=torch.float16).save_pretrained(folder)
+    unet_stage.assemble(model, vae_stage.load()).to(dtype=torch.float16).save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         model.text.tokenizer.backend_tokenizer.model.save(str(folder / name))  # what transformers 4 reads
     for file in folder.glob("*/config.json"):

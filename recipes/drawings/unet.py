@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -183,7 +183,6 @@ def optimise() -> None:
 @torch.no_grad()
 def look(model: Model, vae: AutoencoderKL) -> None:
     """Save a sheet of what the denoiser draws for a few captions, a row for each style."""
-    from .export import assemble
 
     pipe = assemble(model, vae)
     pipe.set_progress_bar_config(disable=True)
@@ -212,3 +211,17 @@ def averaged() -> Model:
     for part in model.parts().values():
         part.eval()
     return model
+
+
+def assemble(model: Model, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """The pipeline around the given networks."""
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=model.text.first,
+        text_encoder_2=model.text.second,
+        tokenizer=model.text.tokenizer,
+        tokenizer_2=model.text.tokenizer,
+        unet=model.unet,
+        scheduler=build_scheduler(),
+        add_watermarker=False,
+    )

@@ -1,5 +1,0 @@
-"""`python -m diffusekrona`."""
-
-from .cli import app
-
-app()
