@@ -61,8 +61,8 @@ def generate(
 ) -> None:
     """Generate images from prompts, with or without an adapter."""
     from ..base import load_base
-    from ..captions import write_metadata
     from ..generation import generate_images
+    from ..images import write_metadata
 
     asked = _prompts(prompt or [], prompts_file)
     repeated = [text for text in asked for _ in range(images_per_prompt)]

@@ -14,9 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from ..captions import read_caption
 from ..errors import DatasetError
-from ..images import NO_IMAGE, UnreadableImageError, image_paths, read_image, upright_rgb
+from ..images import NO_IMAGE, UnreadableImageError, image_paths, read_caption, read_image, upright_rgb
 from .config import ImageSettings
 from .randomness import generator_for
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusekrona.captions import read_prompts, write_metadata
 from diffusekrona.errors import DatasetError
+from diffusekrona.images import read_prompts, write_metadata
 
 
 @pytest.fixture
