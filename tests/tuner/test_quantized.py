@@ -37,14 +37,15 @@ def bnb_8bit() -> nn.Module:
 def torchao_int8(granularity: str = "PerRow") -> nn.Module:
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(plain())
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(granularity=getattr(torchao, granularity)()))
+    config = torchao.Int8WeightOnlyConfig(granularity=getattr(torchao, granularity)(), version=2)
+    torchao.quantize_(model, config)
     return model[0]
 
 
 def torchao_dynamic() -> nn.Module:
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(plain())
-    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(version=2))
     return model[0]
 
 

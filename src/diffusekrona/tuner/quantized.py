@@ -120,8 +120,9 @@ def _format(base: nn.Module) -> str | None:
 def _granularity(weight: Any) -> str | None:
     """Of the scales of torchao's tensor: one for each row, or just one."""
     block, size = tuple(weight.block_size), tuple(weight.shape)
-    symmetric = weight.zero_point is None or not bool(weight.zero_point.any())
-    if not symmetric:
+    # torchao 0.16 has symmetric weights only, and no name for their zero.
+    zero = getattr(weight, "zero_point", None)
+    if zero is not None and bool(zero.any()):
         return None
     return "PerRow" if block == (1, size[1]) else "PerTensor" if block == size else None
 
@@ -129,7 +130,7 @@ def _granularity(weight: Any) -> str | None:
 def _in_torchao(old: Any, numbers: Tensor) -> Any:
     from torchao.quantization import granularity
 
-    kept = {
-        name: getattr(old, name) for name in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "reduce_range")
-    }
+    # torchao before 0.18 has no reduce_range.
+    settings = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "reduce_range")
+    kept = {name: getattr(old, name) for name in settings if hasattr(old, name)}
     return type(old).from_hp(numbers, getattr(granularity, str(_granularity(old)))(), **kept)
