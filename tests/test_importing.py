@@ -22,7 +22,7 @@ def loaded(errors: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("start", [("-m", "diffusekrona"), ("-m", "diffusekrona.cli"), (COMMAND,)], ids=str)
+@pytest.mark.parametrize("start", [("-m", "diffusekrona.cli"), (COMMAND,)], ids=str)
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -78,7 +78,7 @@ print(peft.PEFT_TYPE_TO_CONFIG_MAPPING["KRONA"] is KronAConfig, load_krona.__nam
     [
         (["/bin/diffusekrona", "train"], ["python", "/bin/diffusekrona", "train"], True),
         (["diffusekrona.exe"], ["diffusekrona.exe"], True),
-        (["-m", "--help"], ["python", "-m", "diffusekrona", "--help"], True),
+        (["-m", "--help"], ["python", "-m", "diffusekrona.cli", "--help"], True),
         (["-m"], ["python", "-X", "dev", "-m", "diffusekrona.cli"], True),
         (["-m"], ["python", "-m", "diffusekrona_plugin"], False),
         (["my_diffusekrona.py"], ["python", "my_diffusekrona.py"], False),

@@ -33,7 +33,7 @@ __version__: str
 def _started_as_the_command() -> bool:
     if Path(*sys.argv[:1]).stem == "diffusekrona":
         return True
-    return not {("-m", "diffusekrona"), ("-m", "diffusekrona.cli")}.isdisjoint(pairwise(sys.orig_argv))
+    return ("-m", "diffusekrona.cli") in pairwise(sys.orig_argv)
 
 
 # Importing this package enters KronA in PEFT's tables, which takes seconds. The command loads PEFT only when it needs
