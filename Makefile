@@ -3,13 +3,24 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench base clean
+.PHONY: demo test test-oldest test-newest lint docs bench base clean
 
 demo: .venv/ready
 	$(BIN)/python -m research.demo
 
 test: .venv/ready .venv/extras
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS)
+
+# Both leave constraints.txt aside, and each has an environment of its own. uv knows how to take the oldest versions.
+test-oldest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -qq uv
+	VIRTUAL_ENV=$(CURDIR)/.venv-$* .venv-$*/bin/uv pip install -q --upgrade --resolution $(RESOLUTION) \
+		--requirements pyproject.toml --all-extras --editable .
+	if [ $* = oldest ]; then .venv-$*/bin/python -m tests.bounds; fi
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-$*/bin/python -m pytest -n $(WORKERS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -46,5 +57,5 @@ base: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output site
+	rm -rf .venv .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
