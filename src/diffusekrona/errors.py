@@ -1,4 +1,4 @@
-"""The errors that a caller may want to catch. Each is a `ValueError` whose text says what was found and what to do."""
+"""The errors that a caller may want to catch. Their texts say what was found and what to do."""
 
 from __future__ import annotations
 

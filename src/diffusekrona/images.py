@@ -1,4 +1,4 @@
-"""Image files: which a folder holds, and their pixels, upright and in RGB."""
+"""Image files: which a folder holds, their pixels, upright and in RGB, and their captions in files beside them."""
 
 from __future__ import annotations
 

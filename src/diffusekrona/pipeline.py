@@ -1,4 +1,4 @@
-"""The helpers for a Diffusers pipeline or any single module: inject, save, load, merge, unmerge, unload.
+"""The helpers for a Diffusers pipeline or any single module: inject, save, load, merge, unmerge, unload, hot swap.
 
 Each checks everything first, and either finishes or leaves the pipeline as it was, bit for bit.
 """

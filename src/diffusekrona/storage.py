@@ -1,4 +1,4 @@
-"""Reading safetensors files with errors for people, and writing files whole or not at all."""
+"""Files: safetensors read with errors for people, written whole or not at all; and repositories of the hub, fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells one base model from another, quickly, so that a run is not resumed on another base."""
+"""The state of a run in files, from which it goes on as if it had never stopped, on the same base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image sizes of about one area and various aspect ratios, of which each image takes the nearest."""
+"""Training images: found, turned upright, made RGB, cropped and resized to a square or a bucket, each with its prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that frozen encoders make of images and prompts: computed once, or in every step."""
+"""Images and prompts as frozen encoders give them: computed once for each, or in every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a forward pass keeps for the backward pass."""
+"""What a run would take, before anything is loaded: parameters, memory, steps per epoch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..architectures import default_dtype
 from ..base import BaseModelError, base_configs
 from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
+from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
 from .batches import text_encoders
 from .config import TrainingConfig
 from .dreambooth import image_reduction, training_resolution
@@ -34,13 +34,14 @@ class SavedTensors:
     """The tensors that autograd saves for the backward pass: each memory once, and modules' own weights not."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._own = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+        self._own = {storage_key(p) for module in modules for p in module.parameters()}
         self._seen: dict[int, Tensor] = {}
 
     def add(self, tensor: Tensor) -> Tensor:
         """Count a tensor."""
-        if tensor.untyped_storage()._cdata not in self._own:
-            self._seen[tensor.untyped_storage()._cdata] = tensor  # so that its number is not given anew
+        key = storage_key(tensor)
+        if key not in self._own:
+            self._seen[key] = tensor  # so that its number is not given anew
         return tensor
 
     def clear(self) -> None:
@@ -125,7 +126,7 @@ def plan(settings: Settings) -> Plan:
     """
     training = settings.training
     folder = base_configs(settings.data.pretrained_model_name_or_path)
-    with FakeTensorMode(), default_dtype(getattr(torch, settings.base_dtype)):
+    with fake_tensors(), default_dtype(getattr(torch, settings.base_dtype)):
         pipe = _pipeline(folder)
         denoiser = family_of(pipe).denoiser
         encoders = text_encoders(pipe)
@@ -214,8 +215,7 @@ def _activation_bytes(modules: Sequence[Any], forward: Callable[[], Any], traini
     for module in modules:
         module.train()
         if training.gradient_checkpointing:
-            # The name by which both Diffusers' and transformers' models take another function.
-            module._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=block)
+            recompute_blocks(module, block)
     with whole.counting():
         forward()
     return whole.bytes + max(blocks)

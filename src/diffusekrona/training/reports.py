@@ -1,4 +1,4 @@
-"""How a run is told of: validation pictures, TensorBoard and Weights & Biases, a page, and a model card."""
+"""What a run shows of itself: validation pictures, trackers, a page of its settings and loss, and a model card."""
 
 from __future__ import annotations
 

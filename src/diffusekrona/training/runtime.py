@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version
-from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
 from ..errors import TrainingConfigError
+from ..tuner.compat import forget_accelerator_state, parse_flag_from_env
 from .zero import deepspeed_as_fsdp
 
 _POSSIBLE = (
@@ -117,9 +117,8 @@ def sharding_of(state: AcceleratorState) -> FullyShardedDataParallelPlugin | Non
 
 
 def _forget(ours: bool) -> None:
-    # accelerate keeps one state per process and refuses a second precision, which would forbid a second run.
     if ours:
-        AcceleratorState._reset_state()
+        forget_accelerator_state()
 
 
 @contextmanager

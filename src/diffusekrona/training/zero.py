@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.environment import parse_flag_from_env
-
 from ..errors import TrainingConfigError
+from ..tuner.compat import parse_flag_from_env
 
 _log = logging.getLogger(__name__)
 

@@ -1,16 +1,19 @@
 """Every name of PEFT, PyTorch, Diffusers and accelerate that is not public, and why we need it.
 
-A new version of one of them that moves such a name is met here, and nowhere else.
+A new version of one of them that moves such a name is met here, and in `mixed.py`, which is about one of PEFT's classes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import peft.mapping
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils.environment import parse_flag_from_env
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -27,7 +30,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-__all__ = [  # of PEFT's, under their own names
+__all__ = [  # of PEFT's and accelerate's, under their own names
     "BaseTuner",  # what a tuner is derived from
     "BaseTunerLayer",  # what all methods' layers are
     "ModulesToSaveWrapper",  # around a module that an adapter trains in full
@@ -35,6 +38,7 @@ __all__ = [  # of PEFT's, under their own names
     "check_adapters_to_merge",  # which adapters a layer's merge is of
     "dequantize_bnb_weight",
     "get_pattern_key",  # which pattern of a config counts for a layer
+    "parse_flag_from_env",  # as accelerate reads what its launcher says
     "set_adapter",  # of one class of layers in a model
 ]
 
@@ -89,6 +93,29 @@ def is_feed_forward(module: nn.Module) -> bool:
     from diffusers.models.attention import FeedForward  # a second of processor time
 
     return isinstance(module, FeedForward)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Tensors made in this context have shapes and dtypes, and no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """What tells a tensor's memory from that of others that live, also where it holds no numbers."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def recompute_blocks(model: Any, function: Callable[..., Any]) -> None:
+    """Let gradient checkpointing call this function for each block, in Diffusers' and transformers' models."""
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+
+
+def forget_accelerator_state() -> None:
+    """Let a process make another `Accelerator`: accelerate keeps one state and refuses a second precision."""
+    AcceleratorState._reset_state()
 
 
 def padding_of(convolution: nn.Conv2d) -> list[int]:

@@ -1,4 +1,4 @@
-"""KronALayer: wraps one linear layer and adds s · Σ (A ⊗ B)x to its output."""
+"""KronALayer: wraps one linear layer or convolution and adds s · Σ (A ⊗ B)x to its output."""
 
 from __future__ import annotations
 

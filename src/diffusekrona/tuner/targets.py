@@ -1,4 +1,4 @@
-"""What a word such as "attention" means for `target_modules` in a model: which names, which layers."""
+"""Which layers of a model a config targets, by names or by a word such as "attention", and what it says of each."""
 
 from __future__ import annotations
 
