@@ -1,4 +1,4 @@
-"""Training images: found, turned upright, made RGB, cropped and resized to a square or a bucket, each with its prompt."""
+"""Training images: found, turned upright, made RGB, cropped and resized to one size or to buckets, with prompts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every name of PEFT, PyTorch, Diffusers and accelerate that is not public, and why we need it.
 
-A new version of one of them that moves such a name is met here, and in `mixed.py`, which is about one of PEFT's classes.
+A new version of one of them that moves such a name is met here, and in `mixed.py`, which changes one of PEFT's classes.
 """
 
 from __future__ import annotations
