@@ -215,20 +215,3 @@ def loha_parameters(d: int, h: int, r: int) -> int:
 def krona_rank(d: int, h: int, a1: int, a2: int) -> int:
     """Highest rank of A ⊗ B: min(a1, a2)·min(b1, b2) (paper, Theorem E.2)."""
     return UpdateShapes(factor_shapes(d, h, a1, a2)).highest_rank
-
-
-def lora_rank(d: int, h: int, r: int) -> int:
-    """Highest rank of a LoRA update."""
-    return min(r, d, h)
-
-
-def lokr_rank(d: int, h: int, r: int | None = None, factor: int = -1) -> int:
-    """Highest rank of a LoKr update."""
-    w = lokr_shapes(d, h, factor)
-    w2 = min(w.b1, w.b2) if lokr_keeps_w2(w, r) else min(r or 0, w.b1, w.b2)
-    return min(w.a1, w.a2) * w2
-
-
-def loha_rank(d: int, h: int, r: int) -> int:
-    """Highest rank of a LoHa update: a Hadamard product of two rank-r matrices has rank at most r²."""
-    return min(r * r, d, h)
