@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 
-from diffusekrona import inject_krona, save_krona
+from diffusekrona import KronAConfig, inject_krona, save_krona
 from diffusekrona.errors import AdapterFileError, AdapterNameError, MergeError
 from diffusekrona.pipeline import hotswap_krona
 from diffusekrona.tuner.injected import krona_layers
 from tests.kinds import DECODER, MLP, UNET, Kind, delta, factors, forms, kinds, lora, output, quiet, same_factors
+from tests.modules import network
 from tests.snapshots import assert_same, snapshot, unchanged
 
 pytestmark = quiet
@@ -30,6 +31,18 @@ def no_recompiling() -> Any:
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
     torch._dynamo.reset()
+
+
+def test_a_lokr_file_takes_the_place_of_an_equal_adapter(tmp_path: Path) -> None:
+    trained = network()
+    for parameter in inject_krona(trained, KronAConfig(a1=2, a2=8)).parameters():
+        torch.nn.init.normal_(parameter)
+    file = save_krona(trained, tmp_path / "dog.safetensors", format="lokr")
+    model = network()
+    inject_krona(model, KronAConfig(a1=2, a2=8))
+    hotswap_krona(model, file)
+    for one, other in zip(krona_layers(trained).values(), krona_layers(model).values(), strict=True):
+        torch.testing.assert_close(other.get_delta_weight("default"), one.get_delta_weight("default"))
 
 
 @pytest.mark.parametrize(

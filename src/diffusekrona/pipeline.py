@@ -369,7 +369,7 @@ def hotswap_krona(
 
     Args:
         model: the pipeline or module, compiled or not, that has the adapter.
-        path: a KronA adapter as `load_krona` reads it, with the same layers, shapes, layout and `modules_to_save`.
+        path: an adapter as `load_krona` reads it, with the same layers, shapes, layout and `modules_to_save`.
         adapter_name: which adapter to replace; may be left out while there is just one.
         revision: branch, tag or commit of a hub repository.
         token: access token for the hub.
