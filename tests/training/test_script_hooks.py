@@ -53,6 +53,7 @@ class Script:
 
     adapters: dict[str, Any] = field(default_factory=lambda: ONE)
     text_encoder: bool = False
+    compiled: bool = False
     lora_hooks: str | None = "before"
     ours: bool = True
     seed: int = 0
@@ -82,6 +83,8 @@ class Script:
         if self.lora_hooks == "after":
             self.register_lora_hooks()
         optimizer = torch.optim.AdamW([p for m in self.models for p in m.parameters() if p.requires_grad], lr=1e-2)
+        if self.compiled:
+            self.models[0] = torch.compile(self.models[0], backend="eager")
         data = DataLoader(torch.arange(EPOCH), shuffle=True)
         *self.models, self.optimizer, self.data = self.accelerator.prepare(*self.models, optimizer, data)
         if self.text_encoder:  # as Diffusers' scripts do, for gradient checkpointing
@@ -166,7 +169,7 @@ RUNS = {
     "whole modules, too": {"adapters": {"default": KronAConfig(**SMALL, modules_to_save=["conv_out"])}},
     "in bf16": {"options": {"mixed_precision": "bf16"}},
 }
-COMPILED = {"options": {"dynamo_backend": "eager"}}
+COMPILED = {"compiled": True}
 
 
 @pytest.mark.parametrize(

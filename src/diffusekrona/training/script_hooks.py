@@ -141,11 +141,8 @@ class ScriptAdapters:
 
     def holds(self, model: nn.Module) -> bool:
         """Whether a model, prepared or not, is one of the components and has an adapter."""
-        inner = self._unwrapped(model)
+        inner = unwrapped(model)
         return any(inner is component for component in adaptable_components(self).values()) and _has_adapter(inner)
-
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
-        return unwrapped(self._accelerator.unwrap_model(model))
 
     def _places(self, folder: str | PathLike[str]) -> dict[str, Path]:
         """Where each adapter is in a checkpoint."""
@@ -165,9 +162,9 @@ class ScriptAdapters:
 
     def _check_all_is_saved(self, models: Iterable[nn.Module]) -> None:
         for model in models:
-            if _has_adapter(self._unwrapped(model)) and not self.holds(model):
+            if _has_adapter(unwrapped(model)) and not self.holds(model):
                 raise TrainingConfigError(
-                    f"A prepared {type(self._unwrapped(model)).__name__} has a KronA adapter, but accelerate_hooks was "
+                    f"A prepared {type(unwrapped(model)).__name__} has a KronA adapter, but accelerate_hooks was "
                     "not given it: add it there by its name in the pipeline, such as text_encoder=text_encoder."
                 )
         # Not what requires gradients: scripts set that for embeddings that no optimizer has, so that gradient
