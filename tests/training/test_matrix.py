@@ -247,7 +247,7 @@ def test_whatever_is_chosen_a_run_is_sound(
     assert all(factor.isfinite().all() for factor in factors.values())
     everything_is_there(row, outcome)
 
-    base = load_base(chosen["pretrained_model_name_or_path"], settings.base_dtype)
+    base = load_base(chosen["pretrained_model_name_or_path"], getattr(torch, settings.base_dtype))
     frozen = {name.replace(".base_layer", ""): tensor for name, tensor in weights(pipe).items() if "krona_" not in name}
     assert same(frozen, {name: one for name, one in weights(base).items() if name in frozen})
     assert any(name.startswith(("unet.", "transformer.")) for name in frozen)

@@ -75,7 +75,7 @@ def test_a_plan_is_what_a_real_step_trains_and_at_least_what_it_keeps(base, valu
     pipe, folder = base
     chosen = settings(folder, **values)
     found = plan(chosen)
-    pipe.to(chosen.base_dtype)
+    pipe.to(getattr(torch, chosen.base_dtype))
     krona = inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=chosen.training.train_text_encoder)
     kept = kept_bytes(pipe, chosen)
     # The fused step, which looks into no tensors without numbers, keeps less; with factors this small, a third.
