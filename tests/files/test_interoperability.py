@@ -172,7 +172,7 @@ def test_a_header_names_the_architecture_and_the_base_where_they_are_known(tmp_p
     ("fields", "message"),
     [
         ({"num_terms": 2}, "sums 2 products"),
-        ({"layout": "transposed"}, "layout of the paper authors"),
+        ({"layout": "transposed"}, "order of the paper authors"),
         ({"modules_to_save": ["conv_in"]}, r"whole modules \(conv_in\)"),
     ],
 )

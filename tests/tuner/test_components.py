@@ -18,13 +18,13 @@ from diffusekrona.tuner.components import (
     all_modules,
     check_free_name,
     forget,
-    is_denoiser,
     is_pipeline,
     mark_adapted,
     named_adapter,
     remember,
     restore,
 )
+from diffusekrona.tuner.names import is_denoiser
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.snapshots import assert_same, snapshot

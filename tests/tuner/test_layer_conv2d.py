@@ -132,7 +132,7 @@ def test_an_adapted_convolution_is_one_with_the_dense_update_whatever_its_settin
 
 @forms
 def test_convolutions_are_saved_and_loaded_bit_for_bit(form, tmp_path):
-    net = adapted(**form)
+    net = adapted(**form).requires_grad_(False)  # on some processors a convolution's bits depend on that
     x = torch.randn(2, 4, 8, 8)
     expected = net(x)
     saved = save_krona(net, tmp_path / "adapter.safetensors")
