@@ -53,7 +53,8 @@ def test_what_is_there_counts_and_is_not_drawn_again(pipe, tmp_path):
     assert (tmp_path / "class-00001.png").read_bytes() == before
     (drawn,) = generate_images(pipe, ["a toy"], [2], steps=2)
     with Image.open(tmp_path / "class-00002.png") as file:
-        assert np.array_equal(np.asarray(file), np.asarray(drawn))
+        # It was drawn in a batch of two, which moves the last bits on some processors.
+        assert np.abs(np.asarray(file, int) - np.asarray(drawn, int)).max() <= 1
 
 
 def test_a_full_folder_is_left_alone(pipe, tmp_path):
