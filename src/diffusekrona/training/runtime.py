@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
@@ -98,8 +98,6 @@ def sharding_of(state: AcceleratorState) -> FullyShardedDataParallelPlugin | Non
             plugin.set_mixed_precision(state.mixed_precision)
     if plugin is None:
         return None
-    if not is_torch_version(">=", "2.7"):
-        raise TrainingConfigError("Splitting a model with FSDP needs PyTorch 2.7 or newer; train without FSDP.")
     strategy = plugin.sharding_strategy or plugin.reshard_after_forward
     if strategy == ShardingStrategy.NO_SHARD:
         return None

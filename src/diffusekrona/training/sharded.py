@@ -110,8 +110,9 @@ def _split(model: nn.Module, excluded: set[nn.Parameter], plugin: FullyShardedDa
             before = [
                 weight for weight in part.parameters() if weight not in excluded and not isinstance(weight, DTensor)
             ]
-            # The whole model's own few weights are needed at once again by the backward pass.
-            fully_shard(part, reshard_after_forward=None if part is model else reshard, **options)
+            # The whole model's own few weights are needed at once again by the backward pass: PyTorch's default,
+            # which has no name before 2.8.
+            fully_shard(part, **options if part is model else {**options, "reshard_after_forward": reshard})
             for weight in before:  # which the denoiser still has
                 weight.data = weight.data.new_empty(0)
 
