@@ -46,7 +46,7 @@ def clip() -> nn.Module:
             num_attention_heads=2,
             max_position_embeddings=12,
             eos_token_id=39,
-            initializer_factor=10.0,
+            initializer_factor=3.0,
         )
     )
 

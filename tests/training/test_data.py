@@ -85,7 +85,7 @@ def test_a_photograph_taken_sideways_is_turned_upright(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_transparent_pixels_become_white(mode):
-    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0)).convert(mode)
+    image = Image.new(mode, (32, 32))
     assert tuple(np.array(prepare(image).image)[16, 16]) == WHITE
 
 
