@@ -29,7 +29,8 @@ from tests.pipelines import tiny_sdxl_pipeline
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "diffusekrona"
 ROOMS = ("docs", "recipes", "studies", "benchmarks", "examples")
-PAGES = [*sorted(ROOT.glob("*.md")), *(page for room in ROOMS for page in sorted((ROOT / room).rglob("*.md")))]
+IN_ROOMS = [page for room in ROOMS for page in sorted((ROOT / room).rglob("*.md")) if ".cache" not in page.parts]
+PAGES = [*sorted(ROOT.glob("*.md")), *IN_ROOMS]
 HAND_WRITTEN = [page for page in PAGES if "results" not in page.parts]
 NOTEBOOK = ROOT / "examples" / "first_adapter.ipynb"
 
