@@ -250,19 +250,25 @@ def test_a_float8_base_is_refused_by_its_dtype():
 
 
 @pytest.mark.parametrize("build", [bnb_4bit, bnb_8bit, torchao_int8, quanto])
-def test_a_check_leaves_a_merged_weight_alone_and_counts_from_the_one_before(build):
+def test_a_check_leaves_a_merged_weight_alone(build):
     model = adapted(build)
     inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"], init_b="normal"), "second")
     layer = krona_layers(model)["0"]
-    with torch.no_grad():
-        layer.krona_A["default"].fill_(1e30)  # merged, it would leave no room for a second
-    base, terms = layer.get_base_layer(), layer.merge_terms(["default"])
-    layer.krona_A["default"].data.fill_(1)
     layer.merge(adapter_names=["default"])
-    merged, kept = base.weight, layer.restoration
+    base, kept = layer.get_base_layer(), layer.restoration
+    merged = base.weight
     layer.check_mergeable(layer.merge_terms(["second"]))
     assert base.weight is merged
     assert layer.restoration is kept
-    with pytest.raises(MergeError, match="infinity or a NaN"):
-        layer.check_mergeable({"third": [term._replace(A=term.A * 1e10) for term in terms["default"]]})
-    assert base.weight is merged
+
+
+def test_what_is_merged_already_counts_once_when_more_is_checked():
+    model = adapted(bnb_8bit, scale=1.0)
+    inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"], init_b="normal"), "second")
+    layer = krona_layers(model)["0"]
+    with torch.no_grad():
+        for factor in (layer.krona_A["default"], layer.krona_B["default"]):
+            factor.fill_(200)
+    layer.merge(adapter_names=["default"])
+    # 40,000 is more than half of what fp16 holds, in which this format takes its numbers.
+    layer.check_mergeable(layer.merge_terms(["second"]))
