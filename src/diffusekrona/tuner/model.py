@@ -94,9 +94,10 @@ class KronAModel(BaseTuner):
         Raises:
             MergeError: some weight would not be finite, or is quantized. Nothing has changed then.
         """
-        for layer, terms in terms_to_merge(krona_layers(self.model), adapter_names):
-            layer.fold(terms)
+        planned = terms_to_merge(krona_layers(self.model), adapter_names)
         merge_beneath_others(self.model, safe_merge, adapter_names)
+        for layer, terms in planned:
+            layer.fold(terms)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
