@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
 from .files.formats import Format
-from .files.formats import krona as krona_format
 from .files.formats.krona import SavedAdapter
 from .files.read import read_adapters
-from .files.write import check_format, lokr_bytes
-from .storage import resolve, write_whole
+from .files.write import check_format, write
+from .storage import resolve
 from .tuner.compat import NoMatchingPeftModuleError
 from .tuner.components import (
     adaptable_components,
@@ -156,12 +155,7 @@ def save_krona(
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterFileError(f"{key} of {part or 'the model'} holds an infinity or a NaN; nothing was saved.")
     target = Path(path).expanduser()
-    if format == "krona":
-        krona_format.write(target, adapters)
-    elif target.suffix == ".safetensors":
-        write_whole({target: lokr_bytes(adapters, components, format, metadata)})
-    else:
-        raise AdapterFileError(f"A LoKr file is a single one: let the path {target} end in .safetensors.")
+    write(target, adapters, components, format, metadata)
     return target
 
 

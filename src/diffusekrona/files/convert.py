@@ -12,16 +12,14 @@ from ..architectures import PIPELINES, build_pipeline
 from ..errors import AdapterFileError, FactorShapeError, KronAError
 from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
 from ..kron.shapes import fewest_parameters, packed, stacked
-from ..storage import write_whole
 from ..tuner.names import in_component, layer_of
 from .formats import Format
-from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
 from .merge_base import folder_components
 from .read import Place, as_krona, read_adapters, updates_in
-from .write import check_format, lokr_bytes
+from .write import check_output, write
 
 Progress = Callable[[int, int], None]
 """Called with how many layers are done and how many there are."""
@@ -98,15 +96,8 @@ def convert(
     if target is not None:
         return write_nearest(updates_in(source, components), components, source, output, to, target, on_layer)
     adapters = read_adapters(source, components)
-    _write(adapters, components, output, to)
+    write(output, adapters, components, to)
     return _conversion(adapters, {})
-
-
-def check_output(output: Path, to: Format) -> None:
-    """Raise `AdapterFileError` if there is no such format, or the path does not suit it."""
-    check_format(to)
-    if to != "krona" and output.suffix != ".safetensors":
-        raise AdapterFileError(f"A LoKr file is a single one: let the path {output} end in .safetensors.")
 
 
 def write_nearest(
@@ -122,15 +113,8 @@ def write_nearest(
     fits = approximated(updates, target, on_layer)
     nearest = {place: KroneckerUpdate(packed(fit.A), packed(fit.B)) for place, fit in fits.items()}
     adapters = as_krona(nearest, components, source)
-    _write(adapters, components, output, to)
+    write(output, adapters, components, to)
     return _conversion(adapters, fits)
-
-
-def _write(adapters: Mapping[str, SavedAdapter], components: Mapping[str, nn.Module], output: Path, to: Format) -> None:
-    if to == "krona":
-        krona_format.write(output, adapters)
-    else:
-        write_whole({output: lokr_bytes(adapters, components, to)})
 
 
 def components_for(source: Path, model: str | Path | None) -> dict[str, nn.Module]:

@@ -16,12 +16,13 @@ from ..storage import read_names
 from ..tuner.config import KronAConfig
 from ..tuner.fields import ATTENTION
 from ..tuner.targets import target_layers
-from .convert import Conversion, Progress, Target, check_output, write_nearest
+from .convert import Conversion, Progress, Target, write_nearest
 from .formats import Format
 from .formats.updates import Update
 from .layouts.names import foreign_names
 from .merge_base import folder_components
 from .read import Place
+from .write import check_output
 
 
 def extract(

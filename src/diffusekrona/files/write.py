@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError
-from ..storage import data_hash, safetensors_bytes
+from ..storage import data_hash, safetensors_bytes, write_whole
 from ..tuner.names import factor_name
 from ..tuner.targets import layer_alpha, layer_shapes, target_layers
 from .formats import Format, lokr
+from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
 from .layouts.names import diffusers_name, kohya_name
 
@@ -36,6 +38,27 @@ def check_format(name: str) -> Format:
         if name == known:
             return known  # type: ignore[no-any-return]
     raise AdapterFileError(f"There is no format {name!r}; there are: {', '.join(get_args(Format))}.")
+
+
+def check_output(path: Path, format: str) -> None:
+    """Raise `AdapterFileError` if there is no such format, or the path does not suit it."""
+    if check_format(format) != "krona" and path.suffix != ".safetensors":
+        raise AdapterFileError(f"A LoKr file is a single one: let the path {path} end in .safetensors.")
+
+
+def write(
+    path: Path,
+    adapters: Mapping[str, SavedAdapter],
+    components: Mapping[str, nn.Module],
+    format: Format,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write adapters in a format, as `check_output` and `lokr_bytes` allow, whole or not at all."""
+    check_output(path, format)
+    if format == "krona":
+        krona_format.write(path, adapters)
+    else:
+        write_whole({path: lokr_bytes(adapters, components, format, metadata)})
 
 
 def lokr_bytes(
