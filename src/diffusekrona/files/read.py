@@ -13,7 +13,7 @@ from ..kron.shapes import update_shapes
 from ..storage import TensorFile, read_safetensors
 from ..tuner.compat import ModulesToSaveWrapper
 from ..tuner.config import KronAConfig
-from ..tuner.names import PREFIX, factor_name, is_denoiser
+from ..tuner.names import FACTORS, PREFIX, factor_name, is_denoiser
 from ..tuner.targets import common_and_pattern, layer_alpha, layer_shapes, target_layers, target_only
 from .formats import foreign
 from .formats import krona as krona_format
@@ -125,9 +125,7 @@ def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
         AdapterFileError: a factor is missing.
     """
     factors = {
-        key: saved.tensors[factor_name(name, key)].float()
-        for key in ("A", "B", "B1", "B2")
-        if factor_name(name, key) in saved.tensors
+        key: saved.tensors[factor_name(name, key)].float() for key in FACTORS if factor_name(name, key) in saved.tensors
     }
     if factors.keys() not in ({"A", "B"}, {"A", "B1", "B2"}):
         raise AdapterFileError(f"{saved.source} has not all factors of the layer {name}.")
