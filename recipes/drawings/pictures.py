@@ -12,23 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from research.judges.scenes import COLOURS as COLOURS
+
 from . import art
 from .art import PIXELS
-
-COLOURS = {
-    "red": (215, 38, 38),
-    "orange": (255, 140, 15),
-    "yellow": (250, 222, 45),
-    "green": (40, 155, 65),
-    "blue": (40, 90, 220),
-    "purple": (125, 50, 175),
-    "pink": (250, 160, 200),
-    "brown": (115, 70, 35),
-    "gray": (130, 130, 130),
-    "black": (15, 15, 15),
-    "white": (250, 250, 250),
-}
-"""The backgrounds' names and their red, green and blue of 255."""
 
 
 def resized(number: int, edge: int) -> Tensor:
