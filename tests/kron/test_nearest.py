@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona.errors import FactorShapeError, KronAError
+from diffusekrona.kron import lanczos
 from diffusekrona.kron import nearest as approximate
 from diffusekrona.kron.nearest import TIE, Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker
+from diffusekrona.kron.rearranged import Rearranged
 from diffusekrona.kron.shapes import FactorShapes, divisors, factor_shapes, krona_parameters, legal_factors
 from tests.tensors import LargestTensor, layouts, shapes_of_factors
 
@@ -71,11 +73,11 @@ def deltas(draw: st.DrawFn, d: int, h: int) -> Delta:
     return random_kronecker(factor_shapes(d, h, a1, a2), count, seed)
 
 
-@pytest.mark.parametrize("small_side", [approximate._SMALL_SIDE, 0])
+@pytest.mark.parametrize("small_side", [lanczos._SMALL_SIDE, 0])
 @many
 @given(shapes=shapes_of_factors, num_terms=terms, data=st.data())
 def test_the_error_is_the_least_possible_of_any_delta(small_side, shapes, num_terms, data, monkeypatch):
-    monkeypatch.setattr(approximate, "_SMALL_SIDE", small_side)
+    monkeypatch.setattr(lanczos, "_SMALL_SIDE", small_side)
     delta = data.draw(deltas(shapes.d, shapes.h))
     found = nearest_kronecker(delta, shapes.a1, shapes.a2, num_terms)
     assert found.A.shape == (num_terms, shapes.a1, shapes.a2)
@@ -258,7 +260,7 @@ def test_large_rearrangements_are_iterated_to_the_least_error_without_a_gram_mat
         "low rank": random_low_rank(d, h, 3, seed=21),
         "kronecker": random_kronecker(FactorShapes(10, 128, 60, 5), 2, seed=22),
     }[kind]
-    assert min(shapes.a1 * shapes.a2, shapes.b1 * shapes.b2) > approximate._SMALL_SIDE
+    assert min(shapes.a1 * shapes.a2, shapes.b1 * shapes.b2) > lanczos._SMALL_SIDE
     state = torch.get_rng_state()
     with FlopCounterMode(display=False) as counter:
         found = nearest_kronecker(delta, shapes.a1, shapes.a2, num_terms=3)
@@ -272,8 +274,8 @@ def test_large_rearrangements_are_iterated_to_the_least_error_without_a_gram_mat
 def test_the_iteration_knows_its_energy_and_its_residuals(limit):
     shapes = FactorShapes(12, 10, 10, 14)
     update = approximate._Update.of(random_low_rank(shapes.d, shapes.h, 3, seed=34))
-    R = approximate._Rearranged.of(update, shapes)
-    found = approximate._block_lanczos(R, 4, limit)
+    R = Rearranged.of(update.A, update.B, shapes)
+    found = lanczos.block_lanczos(R, 4, limit)
     image = R.times(R.T.times(found.vectors))
     values = (image * found.vectors).sum(dim=1, keepdim=True)
     assert found.energy == pytest.approx(float(values.sum()), rel=1e-9)
@@ -282,8 +284,8 @@ def test_the_iteration_knows_its_energy_and_its_residuals(limit):
 
 
 def test_an_iteration_that_does_not_converge_gives_way_to_the_gram_matrix(monkeypatch):
-    monkeypatch.setattr(approximate, "_SMALL_SIDE", 0)
-    monkeypatch.setattr(approximate, "_TOLERANCE", 0.0)
+    monkeypatch.setattr(lanczos, "_SMALL_SIDE", 0)
+    monkeypatch.setattr(lanczos, "_TOLERANCE", 0.0)
     delta = random(64, 64, seed=23)
     found = nearest_kronecker(delta, 8, 8)
     assert found.error == pytest.approx(least_error(delta, FactorShapes(8, 8, 8, 8), 1), rel=1e-12)
