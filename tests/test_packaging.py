@@ -72,11 +72,11 @@ def test_the_version_is_the_installed_one_and_the_projects() -> None:
 
 
 def test_each_package_that_is_imported_is_required_and_no_other_is() -> None:
-    distributions = {"PIL": "pillow", "yaml": "pyyaml"}
+    distributions = {"PIL": "pillow", "yaml": "pyyaml", "lycoris": "lycoris-lora"}
     extras = project()["optional-dependencies"]
     needed = {distributions.get(name, name) for name in imported()}
     loaded_by_others = {"tensorboard"}  # by torch.utils.tensorboard
-    optional = names(extras["train"] + extras["quantized"]) | {"wandb"}
+    optional = names(extras["train"] + extras["quantized"] + extras["lycoris"]) | {"wandb"}
     assert names(project()["dependencies"]) == needed - optional
     assert names(extras["train"]) <= needed | loaded_by_others
 

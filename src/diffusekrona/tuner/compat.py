@@ -1,19 +1,23 @@
-"""Every name of PEFT, PyTorch, Diffusers and accelerate that is not public, and why we need it.
+"""Every name of PEFT, PyTorch, Diffusers, accelerate and Python that is not public, and why we need it.
 
 A new version of one of them that moves such a name is met here, and in `mixed.py`, which changes one of PEFT's classes.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import peft.mapping
+import peft.tuners.boft.layer
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils.environment import parse_flag_from_env
+from peft.tuners.ia3 import IA3Model
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -25,7 +29,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import dequantize_bnb_weight
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
@@ -37,7 +41,6 @@ __all__ = [  # of PEFT's and accelerate's, under their own names
     "NoMatchingPeftModuleError",  # target_modules fits nothing
     "check_adapters_to_merge",  # which adapters a layer's merge is of
     "dequantize_bnb_weight",
-    "get_pattern_key",  # which pattern of a config counts for a layer
     "parse_flag_from_env",  # as accelerate reads what its launcher says
     "set_adapter",  # of one class of layers in a model
 ]
@@ -47,6 +50,9 @@ include_all_linear_layers = _maybe_include_all_linear_layers
 
 is_targeted = check_target_module_exists
 """Whether a config targets the layer of a name."""
+
+scales_inputs = IA3Model._check_target_module_feedforward
+"""Whether PEFT's (IA)³ multiplies the inputs of the layer of a name, by its config; else it multiplies the outputs."""
 
 ADAPTED = "_hf_peft_config_loaded"
 """The attribute by which Diffusers and transformers know that a model has adapters."""
@@ -67,6 +73,25 @@ def tuner_of(method: Any) -> Any:
     """The tuner of a method in PEFT's tables; None if it has none."""
     tables: Any = peft.mapping
     return tables.PEFT_TYPE_TO_TUNER_MAPPING.get(method)
+
+
+@contextmanager
+def block_diagonals() -> Iterator[None]:
+    """In this context PEFT's BOFT knows several rotations without its CUDA extension, and does not try to build it."""
+    boft: Any = peft.tuners.boft.layer
+    before = boft._FBD_CUDA
+    boft._FBD_CUDA = _BlockDiagonals()
+    try:
+        yield
+    finally:
+        boft._FBD_CUDA = before
+
+
+class _BlockDiagonals:
+    """What that extension does: blocks of m × n × b × b → m × n·b × n·b."""
+
+    def forward(self, blocks: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.stack([torch.block_diag(*own) for own in blocks]),)
 
 
 def execution_device(layer: Any) -> torch.device:
@@ -157,3 +182,15 @@ def is_transformed() -> bool:
     if forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+_expressions: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+
+
+def parsed_expression(text: str) -> Any:
+    """A regular expression as Python's `re` understands it, from which `patterns.py` tells how long a match may take.
+
+    Raises:
+        re.error, OverflowError, RecursionError: it is none.
+    """
+    return _expressions.parse(text)
