@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from ..kron.shapes import Layout
 from .fields import ATTENTION, FIELDS, PRESETS, Init
 from .mixed import allow_mixing
 from .names import PREFIX
+from .patterns import check_expressions
 
 
 class KronAPeftType(str, Enum):
@@ -51,6 +51,7 @@ class KronAConfig(PeftConfig):
         factor_pattern: regular expression → (a1, a2) for the layers whose name, or whose dotted suffix, it matches;
             the first match counts. For example `{"to_k": (2, 32), r"mid_block\..*": (8, 64)}`.
         alpha_pattern: regular expression → alpha, matched likewise.
+        terms_pattern: regular expression → num_terms, matched likewise.
         dropout: probability in [0, 1) of zeroing each input feature of the update while training.
         init_a: how A starts. Appendix D.2 names the choices without saying whether it gives a variance or a standard
             deviation; here it is always the standard deviation, as in the authors' own code.
@@ -88,6 +89,9 @@ class KronAConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Regular expression → alpha of the layers it matches."}
     )
+    terms_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Regular expression → num_terms of the layers it matches."}
+    )
     dropout: float = _declared("dropout")
     init_a: Init = _declared("init_a")
     init_b: Init = _declared("init_b")
@@ -109,6 +113,7 @@ class KronAConfig(PeftConfig):
             raise ConfigError("target_modules is empty; name at least one layer, or leave it out for Q, K, V and O.")
         if self.modules_to_save is not None:
             self.modules_to_save = _name_list("modules_to_save", self.modules_to_save)
+            check_expressions("modules_to_save", self.modules_to_save)
         self._check_indices()
         self._check_factors()
         self._check_scales()
@@ -121,8 +126,7 @@ class KronAConfig(PeftConfig):
             if not isinstance(self.layers_pattern, str):
                 self.layers_pattern = _name_list("layers_pattern", self.layers_pattern)
             patterns = self.layers_pattern
-            for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                _check_pattern("layers_pattern", pattern)
+            check_expressions("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
         if self.layers_to_transform is None:
             return
         if isinstance(self.target_modules, str) and self.target_modules.lower() not in (*PRESETS, "all-linear"):
@@ -137,6 +141,10 @@ class KronAConfig(PeftConfig):
         self.a1, self.a2 = _factor_pair("a1, a2", (self.a1, self.a2))
         if not _is_whole(self.num_terms, 1):
             raise ConfigError(f"num_terms must be a whole number of at least 1, not {self.num_terms!r}.")
+        self.terms_pattern = _pattern_dict("terms_pattern", self.terms_pattern)
+        for pattern, terms in self.terms_pattern.items():
+            if not _is_whole(terms, 1):
+                raise ConfigError(f"terms_pattern[{pattern!r}] must be a whole number of at least 1, not {terms!r}.")
         if self.b_rank is not None and not _is_whole(self.b_rank, 1):
             raise ConfigError(f"b_rank must be a whole number of at least 1, or None, not {self.b_rank!r}.")
         if self.layout not in get_args(Layout):
@@ -171,7 +179,7 @@ class KronAConfig(PeftConfig):
         """The config as plain values, sets as sorted lists, so that equal configs are saved as equal bytes."""
         values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
         # The first pattern that matches counts, and PEFT sorts the keys of what it saves: pairs keep their order.
-        for name in ("factor_pattern", "alpha_pattern"):
+        for name in ("factor_pattern", "alpha_pattern", "terms_pattern"):
             values[name] = [list(pair) for pair in values[name].items()]
         return values
 
@@ -181,7 +189,7 @@ def _names(field_name: str, value: Iterable[str] | str | None) -> set[str] | str
         return None
     if isinstance(value, str):
         if value not in PRESETS:
-            _check_pattern(field_name, value)
+            check_expressions(field_name, [value])
         return value
     return set(_name_list(field_name, value))
 
@@ -223,14 +231,7 @@ def _pattern_dict(name: str, patterns: object) -> dict[str, Any]:
     if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise ConfigError(f"{name} must map regular expressions to values, not be {patterns!r}.")
     for pattern, _ in pairs:
-        _check_pattern(name, pattern)
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression written as text.")
+    check_expressions(name, [pattern for pattern, _ in pairs])
     return dict(pairs)
-
-
-def _check_pattern(name: str, pattern: object) -> None:
-    if not isinstance(pattern, str):
-        raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression written as text.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name} has {pattern!r}, which is not a regular expression: {error}.") from error

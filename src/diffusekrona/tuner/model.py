@@ -14,7 +14,7 @@ from .config import KronAConfig, KronAPeftType
 from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
 from .layer import KronAConv2d, KronALayer, KronALinear
 from .names import FACTORS, PREFIX, factor_name, layer_of, unwrapped_name
-from .targets import layer_alpha, layer_factors, settle_targets
+from .targets import layer_alpha, layer_factors, layer_terms, settle_targets
 from .weighted import Combination, weighted_sum
 
 
@@ -195,7 +195,7 @@ class KronAModel(BaseTuner):
             adapter_name,
             a1,
             a2,
-            num_terms=config.num_terms,
+            num_terms=layer_terms(config, current_key),
             b_rank=config.b_rank,
             layout=config.layout,
             alpha=layer_alpha(config, current_key),

@@ -13,11 +13,12 @@ from torch import nn
 
 from ..errors import ConfigError, FactorShapeError
 from ..kron.shapes import UpdateShapes, factor_shapes, update_shapes
-from .compat import BaseTunerLayer, get_pattern_key, include_all_linear_layers, is_feed_forward, is_targeted
+from .compat import BaseTunerLayer, include_all_linear_layers, is_feed_forward, is_targeted
 from .config import KronAConfig
 from .fields import ATTENTION, PRESETS
 from .layer import layer_size
 from .names import unwrapped_name
+from .patterns import check_matching, first_match
 
 ATTENTION_LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
@@ -123,9 +124,14 @@ Value = TypeVar("Value", bound=Hashable)
 
 
 def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]:
-    """The layers of a model that a config targets, by dotted name. Other adapters' insides do not count."""
+    """The layers of a model that a config targets, by dotted name. Other adapters' insides do not count.
+
+    Raises:
+        ConfigError: the config's patterns could take all too long to match this model's names.
+    """
     config = resolved(config, model)
     named = dict(model.named_modules())
+    _check_matching(config, named)
     inside = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))
     return {
         name: module
@@ -134,15 +140,35 @@ def target_layers(model: nn.Module, config: KronAConfig) -> dict[str, nn.Module]
     }
 
 
+def _check_matching(config: KronAConfig, names: Collection[str]) -> None:
+    choices = (config.target_modules, config.exclude_modules)
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
+    whole = [choice for choice in choices if isinstance(choice, str)]
+    endings = [
+        *lists,
+        *(config.modules_to_save or ()),
+        *config.factor_pattern,
+        *config.alpha_pattern,
+        *config.terms_pattern,
+    ]
+    indices = [] if isinstance(config.layers_to_transform, int) else config.layers_to_transform or []
+    plain = len(indices) + sum(len(choice) for choice in choices if choice and not isinstance(choice, str))
+    check_matching(names, whole, endings, plain)
+
+
 def layer_factors(config: KronAConfig, layer_name: str) -> tuple[int, int]:
     """(a1, a2) of a layer: the first match in `factor_pattern`, else the config's own."""
-    key = get_pattern_key(list(config.factor_pattern), layer_name)
-    return config.factor_pattern.get(key, (config.a1, config.a2))
+    return config.factor_pattern.get(first_match(config.factor_pattern, layer_name), (config.a1, config.a2))
 
 
 def layer_alpha(config: KronAConfig, layer_name: str) -> float:
     """Alpha of a layer: the first match in `alpha_pattern`, else the config's own."""
-    return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer_name), config.alpha)
+    return config.alpha_pattern.get(first_match(config.alpha_pattern, layer_name), config.alpha)
+
+
+def layer_terms(config: KronAConfig, layer_name: str) -> int:
+    """Number of terms of a layer: the first match in `terms_pattern`, else the config's own."""
+    return config.terms_pattern.get(first_match(config.terms_pattern, layer_name), config.num_terms)
 
 
 def layer_shapes(config: KronAConfig, layer_name: str, layer: nn.Module) -> UpdateShapes:
@@ -156,9 +182,8 @@ def layer_shapes(config: KronAConfig, layer_name: str, layer: nn.Module) -> Upda
     d, h, kernel = layer_size(base)
     if kernel and config.layout != "kron":
         raise FactorShapeError(f"it is a {type(base).__name__}, and the layout {config.layout!r} is for linear layers")
-    return update_shapes(
-        factor_shapes(d, h, *layer_factors(config, layer_name)), config.num_terms, config.b_rank, kernel
-    )
+    factors = factor_shapes(d, h, *layer_factors(config, layer_name))
+    return update_shapes(factors, layer_terms(config, layer_name), config.b_rank, kernel)
 
 
 def settle_targets(config: KronAConfig, model: nn.Module, only: Collection[str] | None = None) -> None:

@@ -159,7 +159,8 @@ def _config(
     config = copy.deepcopy(used[0])
     ranks = [one.b_rank for one in used if one.b_rank is not None]
     config.b_rank = max(ranks) if num_terms is None and len(ranks) == len(used) else None
-    config.num_terms = sum(one.num_terms for one in used) if num_terms is None else num_terms
+    all_terms = sum(max([one.num_terms, *one.terms_pattern.values()]) for one in used)
+    config.num_terms, config.terms_pattern = all_terms if num_terms is None else num_terms, {}
     config.alpha, config.alpha_pattern = 1.0, {}
     modules = dict.fromkeys(name for one in used for name in one.modules_to_save or ())
     config.modules_to_save = list(modules) or None
