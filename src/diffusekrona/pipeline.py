@@ -19,6 +19,7 @@ from .errors import AdapterFileError, AdapterNameError, ConfigError, MergeError
 from .files.formats import Format
 from .files.formats.krona import SavedAdapter
 from .files.read import read_adapters
+from .files.unused import AlphaOfWhole, OnUnused, Reading
 from .files.write import check_format, write
 from .storage import resolve
 from .tuner.compat import NoMatchingPeftModuleError
@@ -165,6 +166,8 @@ def load_krona(
     adapter_name: str = "default",
     *,
     trainable: bool = False,
+    on_unused: OnUnused = "error",
+    alpha_of_whole: AlphaOfWhole = "ignored",
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> InjectedAdapter:
@@ -174,10 +177,15 @@ def load_krona(
 
     Args:
         model: the pipeline or module to load into.
-        path: what `save_krona` wrote, a folder or a file; what PEFT or Diffusers wrote for a KronA adapter;
-            or the id of a hub repository that holds one of these.
+        path: what `save_krona` wrote, a folder or a file; what PEFT or Diffusers wrote for a KronA adapter; a LoKr
+            file of any program, whose fused projections become those of this model; or the id of a hub repository
+            that holds one of these.
         adapter_name: what to call it here.
         trainable: freeze everything else, as `inject_krona` does, and train on.
+        on_unused: "warn" to load the rest of a file that also holds what this model has no place for; by default that
+            is an error.
+        alpha_of_whole: "applied" for LoKr files of programs that scale two whole factors by alpha / rank, which most
+            do not.
         revision: branch, tag or commit of a hub repository.
         token: access token for the hub.
 
@@ -188,7 +196,7 @@ def load_krona(
     found = adaptable_components(model)
     check_free_name(found.values(), adapter_name)
     source = resolve(path, revision=revision, token=token)
-    saved = read_adapters(source, found)
+    saved = read_adapters(source, found, Reading(on_unused, alpha_of_whole))
     configs = {part: copy.deepcopy(one.config) for part, one in saved.items()}
     for config in configs.values():
         config.inference_mode = not trainable

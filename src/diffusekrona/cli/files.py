@@ -11,6 +11,7 @@ import typer
 from ..architectures import PIPELINES
 from ..errors import KronAError
 from ..files.formats import Format
+from ..files.unused import AlphaOfWhole, OnUnused, Reading
 from ..training.settings import AdapterSettings
 from ..tuner.fields import ATTENTION
 from .console import console, print_line
@@ -41,6 +42,16 @@ Terms = Annotated[
     typer.Option(
         show_default="1; within a budget, the best",
         help="Number of products that are summed for each layer.",
+    ),
+]
+OnUnusedOption = Annotated[
+    OnUnused,
+    typer.Option(help="What to do about tensors that cannot be used: refuse the file (error), or use the rest (warn)."),
+]
+AlphaOfWholeOption = Annotated[
+    AlphaOfWhole,
+    typer.Option(
+        help="Alpha of LoKr layers with two whole factors: ignored, as in most programs, or applied as alpha / rank."
     ),
 ]
 
@@ -74,6 +85,8 @@ def convert(
     factors: Factors = None,
     budget: Budget = None,
     num_terms: Terms = None,
+    on_unused: OnUnusedOption = "error",
+    alpha_of_whole: AlphaOfWholeOption = "ignored",
 ) -> None:
     """Write an adapter in another format: exactly, or with --factors or --budget by the nearest Kronecker products."""
     from ..files.convert import convert as convert_file
@@ -83,7 +96,13 @@ def convert(
         raise KronAError("--num-terms needs --factors or --budget.")
     with progress("Approximating", total=None) as show:
         result = convert_file(
-            source, output, to, model, target, on_layer=lambda done, total: show(completed=done, total=total)
+            source,
+            output,
+            to,
+            model,
+            target,
+            on_layer=lambda done, total: show(completed=done, total=total),
+            reading=Reading(on_unused, alpha_of_whole),
         )
     _print_conversion(output, result)
 
@@ -119,11 +138,13 @@ def merge(
     adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="Folder or file to write, as the base is one.")],
     weight: Annotated[float, typer.Option(help="Strength of the adapter; 1 is as it was trained.")] = 1.0,
+    on_unused: OnUnusedOption = "error",
+    alpha_of_whole: AlphaOfWholeOption = "ignored",
 ) -> None:
     """Write a model with an adapter merged into its weights, for good."""
     from ..files.merge_base import merge_into_files
 
-    layers = merge_into_files(base, adapter, output, weight)
+    layers = merge_into_files(base, adapter, output, weight, Reading(on_unused, alpha_of_whole))
     print_line(f"Wrote {output}: {layers} layers changed")
 
 

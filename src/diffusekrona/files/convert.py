@@ -18,7 +18,8 @@ from .formats.krona import SavedAdapter
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
 from .merge_base import folder_components
-from .read import Place, as_krona, read_adapters, updates_in
+from .read import Place, as_krona, has_delta, is_of_norm, read_adapters, updates_in
+from .unused import STRICT, Reading, Unused, few
 from .write import check_output, write
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,7 @@ def convert(
     model: str | Path | None = None,
     target: Target | None = None,
     on_layer: Progress | None = None,
+    reading: Reading = STRICT,
 ) -> Conversion:
     """Write an adapter file or folder in another format.
 
@@ -85,6 +87,7 @@ def convert(
         target: to approximate by the nearest Kronecker products of such factors; by default nothing but an exact
             conversion will do.
         on_layer: called after each layer that is approximated.
+        reading: what to do about tensors that cannot be used, and where programs disagree.
 
     Raises:
         AdapterFileError: the source cannot be read, or does not fit the model; or the format cannot hold it.
@@ -92,10 +95,11 @@ def convert(
         OSError: the output cannot be written.
     """
     check_output(output, to)
-    components = components_for(source, model)
+    components = components_for(source, model, reading)
     if target is not None:
-        return write_nearest(updates_in(source, components), components, source, output, to, target, on_layer)
-    adapters = read_adapters(source, components)
+        updates = _approximable(updates_in(source, components, reading), source, reading)
+        return write_nearest(updates, components, source, output, to, target, on_layer)
+    adapters = read_adapters(source, components, reading)
     write(output, adapters, components, to)
     return _conversion(adapters, {})
 
@@ -117,7 +121,29 @@ def write_nearest(
     return _conversion(adapters, fits)
 
 
-def components_for(source: Path, model: str | Path | None) -> dict[str, nn.Module]:
+def _approximable(updates: Mapping[Place, Update], source: Path, reading: Reading) -> dict[Place, Update]:
+    """Those of some updates that are the same for every base, without their biases; the rest is unused."""
+    unused = Unused(str(source), reading.on_unused)
+    bound = [in_component(*place) for place, update in updates.items() if not has_delta(update)]
+    if bound:
+        unused.add(
+            f"{source} has {len(bound)} layers whose updates depend on the base's weights (DoRA's, or of a method that "
+            f"multiplies them), so nothing is nearest to them: {few(bound)}. Merge them with `diffusekrona merge`."
+        )
+    biased = [in_component(*place) for place, update in updates.items() if update.bias is not None]
+    if biased:
+        unused.add(
+            f"{source} changes the biases of {len(biased)} layers, which no adapter of ours does: {few(biased)}."
+        )
+    norms = [in_component(*place) for place, update in updates.items() if is_of_norm(update)]
+    if norms:
+        unused.add(f"{source} changes {len(norms)} norms, which no adapter of ours does: {few(norms)}.")
+    found = {place: update for place, update in updates.items() if has_delta(update) and not is_of_norm(update)}
+    unused.report(len(found))
+    return found
+
+
+def components_for(source: Path, model: str | Path | None, reading: Reading = STRICT) -> dict[str, nn.Module]:
     """The models, without weights, that an adapter is for.
 
     Raises:
@@ -129,7 +155,7 @@ def components_for(source: Path, model: str | Path | None) -> dict[str, nn.Modul
     for name in PIPELINES:
         components = build_pipeline(name)
         try:
-            updates = updates_in(source, components)
+            updates = updates_in(source, components, reading)
             if all(_fits(update, components[part], layer) for (part, layer), update in updates.items()):
                 return components
             problems.append(f"{name}: its layers have other shapes")
@@ -224,11 +250,6 @@ def _budgets(
 
 def _delta(update: Update) -> Delta:
     """ΔW as `approximate` takes it: structured where the file holds it so."""
-    if update.dora_scale is not None:
-        raise AdapterFileError(
-            f"{update.where} has DoRA's magnitudes, so its update depends on the base's weights: merge it into them "
-            "with `diffusekrona merge`."
-        )
     if isinstance(update, LoRA) and update.mid is None:
         return LowRank(update.scale * update.up.flatten(1), flat(update.down))
     if isinstance(update, KroneckerUpdate) and update.layout == "kron":
@@ -256,8 +277,10 @@ def _norm_bound(delta: Delta) -> float:
 def _fits(update: Update, component: nn.Module, name: str) -> bool:
     weight = component.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    rows, columns = _size(_delta(update)) if update.dora_scale is None else (len(weight), -1)
-    return rows == len(weight) and columns in (-1, weight[0].numel())
+    if not has_delta(update) or update.bias_only:
+        return True
+    rows, columns = _size(_delta(update))
+    return rows == len(weight) and columns == weight[0].numel()
 
 
 def _conversion(adapters: Mapping[str, SavedAdapter], fits: Mapping[Place, Approximation]) -> Conversion:

@@ -19,6 +19,7 @@ from ..tuner.names import in_component, layer_of
 from .formats import foreign
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
+from .formats.library import LibraryUpdate
 from .formats.loha import LoHa
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
@@ -32,6 +33,11 @@ METHODS = {
     "loha": "LoHa",
     "full": "whole updates",
     "reference": "DiffuseKronA, by the paper's authors",
+    "oft": "OFT",
+    "diag-oft": "Diag-OFT",
+    "boft": "BOFT",
+    "glora": "GLoRA",
+    "ia3": "(IA)³",
     "mixed": "several methods",
 }
 
@@ -43,19 +49,20 @@ class LayerInspection:
     Attributes:
         name: as the file writes it.
         kind: the method.
-        size: d × h of its update, a convolution's with the kernel in h.
+        size: d × h of its update, a convolution's with the kernel in h; None where the file does not tell it.
         shapes: of what the file holds, such as "4 × 64 ⊗ 320 × 20".
         parameters: how many numbers that is.
-        rank: that the update has, or at most has where it is a sum or an elementwise product.
-        norm: ‖ΔW‖, the Frobenius norm, at the scale in the file; before DoRA.
+        rank: that the update has, or at most has where it is a sum or an elementwise product; None where it depends
+            on the weight.
+        norm: ‖ΔW‖, the Frobenius norm, at the scale in the file; before DoRA. NaN where it depends on the weight.
     """
 
     name: str
     kind: str
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     shapes: str
     parameters: int
-    rank: int
+    rank: int | None
     norm: float
 
 
@@ -82,7 +89,7 @@ class Inspection:
 
     @property
     def norm(self) -> float:
-        """Of all updates together."""
+        """Of all updates together; NaN if some depend on the weight."""
         return math.sqrt(math.fsum(layer.norm**2 for layer in self.layers))
 
     def table(self, every_layer: bool = False) -> Table:
@@ -106,11 +113,11 @@ class Inspection:
             table.add_row(
                 escape(layer.name) if every_layer else str(len(alike)),
                 METHODS[layer.kind],
-                f"{layer.size[0]} × {layer.size[1]}",
+                "–" if layer.size is None else f"{layer.size[0]} × {layer.size[1]}",
                 layer.shapes,
                 f"{sum(one.parameters for one in alike):,}",
-                _range(f"{one.rank}" for one in sorted(alike, key=lambda one: one.rank)),
-                _range(f"{one.norm:.3g}" for one in sorted(alike, key=lambda one: one.norm)),
+                _range(f"{rank}" for rank in sorted(one.rank for one in alike if one.rank is not None)),
+                _range(f"{norm:.3g}" for norm in sorted(one.norm for one in alike if not math.isnan(one.norm))),
             )
         return table
 
@@ -130,10 +137,10 @@ def inspect_file(path: Path) -> Inspection:
         }
         metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
         layers = [_layer(name, update) for name, update in updates.items()]
-        dora = any(update.dora_scale is not None for update in updates.values())
+        bound = any(update.dora_scale is not None or isinstance(update, LibraryUpdate) for update in updates.values())
         kinds = {layer.kind for layer in layers}
         kind = kinds.pop() if len(kinds) == 1 else "mixed"
-        return Inspection(kind, layers, metadata, _MERGED if dora else _becomes(kind))
+        return Inspection(kind, layers, metadata, _MERGED if bound else _becomes(kind))
     adapters = krona_format.read(files)
     return Inspection("krona", _ours(adapters, path), {}, _ours_become(adapters))
 
@@ -154,7 +161,7 @@ _EXACT = ["KronA, LoKr: exactly (diffusekrona convert)"]
 
 
 def _becomes(kind: str) -> list[str]:
-    """What a file of another program can be converted to, unless it has DoRA's magnitudes."""
+    """What a file of another program can be converted to, unless its updates depend on the weight."""
     if kind == "lokr":
         return _EXACT + _MERGED
     return (["KronA: exactly"] if kind == "reference" else []) + _NEAREST + _MERGED
@@ -176,8 +183,10 @@ def _layer(name: str, update: Update) -> LayerInspection:
     return LayerInspection(name, update.kind, size, shapes, update.parameters, rank, norm)
 
 
-def _described(update: Update) -> tuple[tuple[int, int], str, int, float]:
+def _described(update: Update) -> tuple[tuple[int, int] | None, str, int | None, float]:
     """Size, shapes, rank and norm, without building ΔW where the factors tell them."""
+    if isinstance(update, LibraryUpdate):
+        return None, update.shapes, None, math.nan
     if isinstance(update, KroneckerUpdate):
         return _of_terms(update)
     if isinstance(update, LoRA) and update.mid is None:
@@ -204,5 +213,5 @@ def _rank(matrix: Tensor) -> int:
 
 
 def _range(values: Iterable[str]) -> str:
-    first, *rest = dict.fromkeys(values)
+    first, *rest = dict.fromkeys(values) or ["–"]
     return f"{first}–{rest[-1]}" if rest else first

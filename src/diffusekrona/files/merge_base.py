@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,21 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import build_pipeline
 from ..base import BaseModelError, config_in_float32
 from ..errors import MergeError
 from ..kron.exact import MERGEABLE_DTYPES
-from ..storage import read_names
+from ..storage import open_safetensors, read_names
 from ..tuner.names import DENOISERS, TEXT_ENCODERS
-from .layouts.names import foreign_names, layer_names, original_unet_name
-from .merge import merged
-from .read import Place, updates_in
+from .layouts.names import foreign_names, layer_names
+from .layouts.unet import original_names
+from .merge import Change, ParameterPlace, changes_of, merged
+from .read import updates_in
+from .unused import STRICT, Reading
 
+_KINDS = ("weight", "bias")
 _ADAPTABLE = (*DENOISERS, *TEXT_ENCODERS)
 _UNET, _CLIP_L, _CLIP_G, _SD_CLIP = (
     "model.diffusion_model.",
@@ -40,13 +42,13 @@ _IN_OPEN_CLIP = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "
 
 @dataclass(frozen=True)
 class Spot:
-    """Where in a file a layer's weight is: a tensor, or some of its rows where a tensor holds several layers."""
+    """Where in a file a layer's weight or bias is: a tensor, or some rows of one that holds several layers."""
 
-    place: Place
+    place: ParameterPlace
     rows: tuple[int, int] | None = None
 
 
-def merge_into_files(base: Path, adapter: Path, output: Path, weight: float = 1.0) -> int:
+def merge_into_files(base: Path, adapter: Path, output: Path, weight: float = 1.0, reading: Reading = STRICT) -> int:
     """Write a model with an adapter merged into it: each changed weight is W + weight · ΔW, rounded once.
 
     All other weights are copied as they are. Where no dtype is asked for, a folder loads in float32, whatever its
@@ -57,6 +59,7 @@ def merge_into_files(base: Path, adapter: Path, output: Path, weight: float = 1.
         adapter: any adapter file or folder that `merge_file` reads.
         output: the folder or file to write; it must not exist.
         weight: the adapter's strength.
+        reading: what to do about tensors that cannot be used, and where programs disagree.
 
     Returns:
         How many layers changed.
@@ -69,12 +72,13 @@ def merge_into_files(base: Path, adapter: Path, output: Path, weight: float = 1.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists already; give a path where there is nothing.")
-    return _merge_folder(base, adapter, output, weight) if base.is_dir() else _merge_file(base, adapter, output, weight)
+    merge = _merge_folder if base.is_dir() else _merge_file
+    return merge(base, adapter, output, weight, reading)
 
 
-def _merge_folder(base: Path, adapter: Path, output: Path, weight: float) -> int:
+def _merge_folder(base: Path, adapter: Path, output: Path, weight: float, reading: Reading) -> int:
     components = folder_components(base)
-    changes = {place: update.change for place, update in updates_in(adapter, components).items()}
+    changes = changes_of(updates_in(adapter, components, reading))
     with _whole_or_not(output) as staged:
         staged.mkdir()
         for path in sorted(base.rglob("*")):
@@ -82,41 +86,45 @@ def _merge_folder(base: Path, adapter: Path, output: Path, weight: float) -> int
             part = path.relative_to(base).parts[0]
             if path.is_dir():
                 target.mkdir()
-            elif path.suffix == ".safetensors" and any(part == changed for changed, _ in changes):
+            elif path.suffix == ".safetensors" and any(part == changed for changed, _, _ in changes):
                 names = foreign_names(part, components[part])
-                spots = {f"{alias}.weight": [Spot((part, name))] for alias, name in names.items()}
+                spots = {
+                    f"{alias}.{kind}": [Spot((part, name, kind))] for alias, name in names.items() for kind in _KINDS
+                }
                 _rewrite(path, target, spots, changes, weight)
             elif path.name == "config.json":
                 target.write_text(config_in_float32(path), encoding="utf-8")
             else:
                 shutil.copy2(path, target)
         _check_all_there(changes, staged, components)
-    return len(changes)
+    return len({place[:2] for place in changes})
 
 
-def _check_all_there(changes: Mapping[Place, Any], folder: Path, components: Mapping[str, nn.Module]) -> None:
-    for part in dict.fromkeys(part for part, _ in changes):
+def _check_all_there(
+    changes: Mapping[ParameterPlace, Change], folder: Path, components: Mapping[str, nn.Module]
+) -> None:
+    for part in dict.fromkeys(part for part, _, _ in changes):
         held = {name for path in (folder / part).glob("*.safetensors") for name in read_names(path)[0]}
         names = foreign_names(part, components[part])
-        present = {name for alias, name in names.items() if f"{alias}.weight" in held}
-        missing = [name for of, name in changes if of == part and name not in present]
+        present = {(name, kind) for alias, name in names.items() for kind in _KINDS if f"{alias}.{kind}" in held}
+        missing = [name for of, name, kind in changes if of == part and (name, kind) not in present]
         if missing:
             raise BaseModelError(
-                f"The folder {part} of the base has no safetensors weight for {len(missing)} layers of the adapter, "
-                f"such as {missing[0]}; save the base anew with pipe.save_pretrained(folder)."
+                f"The folder {part} of the base has no safetensors weight or bias for {len(missing)} layers of the "
+                f"adapter, such as {missing[0]}; save the base anew with pipe.save_pretrained(folder)."
             )
 
 
-def _merge_file(base: Path, adapter: Path, output: Path, weight: float) -> int:
+def _merge_file(base: Path, adapter: Path, output: Path, weight: float, reading: Reading) -> int:
     components, spots = checkpoint_layers(read_names(base)[0], base)
-    changes = {place: update.change for place, update in updates_in(adapter, components).items()}
+    changes = changes_of(updates_in(adapter, components, reading))
     there = {spot.place for of_tensor in spots.values() for spot in of_tensor}
     missing = [place for place in changes if place not in there]
     if missing:
         raise BaseModelError(f"{base} has no weight for {len(missing)} layers of the adapter, such as {missing[0][1]}.")
     with _whole_or_not(output) as staged:
         _rewrite(base, staged, spots, changes, weight)
-    return len(changes)
+    return len({place[:2] for place in changes})
 
 
 def folder_components(folder: Path, device: str = "meta") -> dict[str, nn.Module]:
@@ -166,14 +174,20 @@ def checkpoint_layers(names: list[str], source: Path) -> tuple[dict[str, nn.Modu
             "first, with from_single_file(file).save_pretrained(folder) of its pipeline's class."
         )
     unet = components["unet"]
-    originals = {name: original_unet_name(unet, name) for name in layer_names(unet)}
-    layers = {f"{_UNET}{own}.weight": [Spot(("unet", name))] for name, own in originals.items() if own}
+    originals = original_names(unet, layer_names(unet))
+    layers = {
+        f"{_UNET}{own}.{kind}": [Spot(("unet", name, kind))] for name, own in originals.items() for kind in _KINDS
+    }
     return components, {name: spots for name, spots in {**layers, **encoders}.items() if name in held}
 
 
 def _clip_spots(components: Mapping[str, nn.Module], part: str, prefix: str) -> dict[str, list[Spot]]:
     names = layer_names(components[part])
-    return {f"{prefix}{name.removeprefix('text_model.')}.weight": [Spot((part, name))] for name in names}
+    return {
+        f"{prefix}{name.removeprefix('text_model.')}.{kind}": [Spot((part, name, kind))]
+        for name in names
+        for kind in _KINDS
+    }
 
 
 def _open_clip_spots(encoder: nn.Module) -> dict[str, list[Spot]]:
@@ -182,14 +196,16 @@ def _open_clip_spots(encoder: nn.Module) -> dict[str, list[Spot]]:
     for name, module in encoder.named_modules():
         _, found, inside = name.partition("encoder.layers.")
         number, _, layer = inside.partition(".")
-        place = ("text_encoder_2", name)
         if found and layer in _IN_OPEN_CLIP:
-            spots[f"{_CLIP_G}{number}.{_IN_OPEN_CLIP[layer]}.weight"] = [Spot(place)]
+            for kind in _KINDS:
+                spots[f"{_CLIP_G}{number}.{_IN_OPEN_CLIP[layer]}.{kind}"] = [Spot(("text_encoder_2", name, kind))]
         elif found and layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             assert isinstance(module, nn.Linear)
             first = "qkv".index(layer[10]) * module.out_features
             rows = (first, first + module.out_features)
-            spots.setdefault(f"{_CLIP_G}{number}.attn.in_proj_weight", []).append(Spot(place, rows))
+            for kind in _KINDS:
+                held = spots.setdefault(f"{_CLIP_G}{number}.attn.in_proj_{kind}", [])
+                held.append(Spot(("text_encoder_2", name, kind), rows))
     return spots
 
 
@@ -197,11 +213,11 @@ def _rewrite(
     source: Path,
     target: Path,
     spots: Mapping[str, list[Spot]],
-    changes: Mapping[Place, Callable[[Tensor], Tensor]],
+    changes: Mapping[ParameterPlace, Change],
     weight: float,
 ) -> None:
     """Copy a safetensors file with changed weights; they keep their shapes and dtypes, so its header stays."""
-    with source.open("rb") as raw, target.open("xb") as out, safe_open(source, framework="pt") as file:
+    with source.open("rb") as raw, target.open("xb") as out, open_safetensors(source) as file:
         start = raw.read(8)
         text = raw.read(int.from_bytes(start, "little"))
         out.write(start + text)
@@ -214,7 +230,7 @@ def _rewrite(
             out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _changed(tensor: Tensor, spot: Spot, change: Callable[[Tensor], Tensor], weight: float, name: str) -> Tensor:
+def _changed(tensor: Tensor, spot: Spot, change: Change, weight: float, name: str) -> Tensor:
     if tensor.dtype not in MERGEABLE_DTYPES:
         raise MergeError(f"{name} is kept as {tensor.dtype}: merge into a base that is not quantized.")
     tensor = tensor.clone()

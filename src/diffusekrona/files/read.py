@@ -2,66 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError, FactorShapeError
+from ..kron.costs import cheapest_order, krona_multiply_adds
 from ..kron.shapes import update_shapes
 from ..storage import TensorFile, read_safetensors
 from ..tuner.compat import ModulesToSaveWrapper
 from ..tuner.config import KronAConfig
-from ..tuner.names import FACTORS, PREFIX, factor_name, is_denoiser
+from ..tuner.names import FACTORS, PREFIX, factor_name, in_component, is_denoiser
 from ..tuner.targets import common_and_pattern, layer_alpha, layer_shapes, target_layers, target_only
 from .formats import foreign
 from .formats import krona as krona_format
+from .formats.full import Full
 from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
+from .formats.library import LibraryUpdate
 from .formats.updates import KroneckerUpdate, Update
-from .layouts.names import resolve
+from .layouts.layout import outputs
+from .layouts.names import Target, resolve
+from .parts import Piece, assembled, cut
+from .unused import STRICT, Reading, Unused, few
+
+FEW_TERMS = 8
+"""Products that a layer's adapter may always sum; where there are more, they have to be cheaper than the weight."""
 
 Place = tuple[str, str]
 """Component and name of a layer."""
 
 
-def read_adapters(source: Path, components: Mapping[str, nn.Module]) -> dict[str, SavedAdapter]:
+def read_adapters(
+    source: Path, components: Mapping[str, nn.Module], reading: Reading = STRICT
+) -> dict[str, SavedAdapter]:
     """The KronA adapter of each component of a model that a file or folder of any program holds.
+
+    Args:
+        source: the file or folder.
+        components: the model's.
+        reading: what to do about tensors that cannot be used, and where programs disagree.
 
     Raises:
         AdapterFileError: it cannot be read or does not fit this model; or some update is no Kronecker product.
     """
     files = opened(source)
     ours = are_ours(files)
+    unused = Unused(str(source), reading.on_unused)
     if ours:
-        adapters = by_component(krona_format.read(files), components, source)
+        adapters = by_component(krona_format.read(files), components, source, unused)
+        unused.report(sum(len(saved.tensors) for saved in adapters.values()))
     else:
-        adapters = as_krona(foreign_updates(files, components), components, source)
+        layers = kronecker_only(foreign_updates(files, components, reading, unused), components, source, unused)
+        unused.report(len(layers))
+        adapters = as_krona(layers, components, source)
     for part, saved in adapters.items():
         check_fit(components[part], saved, numbers=ours)  # those of other programs' files are checked
     return adapters
 
 
-def updates_in(source: Path, components: Mapping[str, nn.Module]) -> dict[Place, Update]:
+def updates_in(source: Path, components: Mapping[str, nn.Module], reading: Reading = STRICT) -> dict[Place, Update]:
     """Every layer's update in any adapter file or folder.
+
+    Args:
+        source: the file or folder.
+        components: the model's.
+        reading: what to do about tensors that cannot be used, and where programs disagree.
 
     Raises:
         AdapterFileError: it cannot be read, does not fit these models, or holds more than updates of layers.
     """
     files = opened(source)
-    if not are_ours(files):
-        return foreign_updates(files, components)
+    unused = Unused(str(source), reading.on_unused)
     updates: dict[Place, Update] = {}
-    for part, saved in by_component(krona_format.read(files), components, source).items():
+    if not are_ours(files):
+        updates = foreign_updates(files, components, reading, unused)
+        unused.report(len(updates))
+        return updates
+    for part, saved in by_component(krona_format.read(files), components, source, unused).items():
         check_fit(components[part], saved)
         if saved.config.modules_to_save:
-            raise AdapterFileError(
-                f"{source} holds whole modules ({', '.join(saved.config.modules_to_save)}) beside its updates; load it "
-                "with load_krona."
+            unused.add(
+                f"{source} holds whole modules ({', '.join(saved.config.modules_to_save)}) beside its updates, which "
+                "load_krona loads."
             )
         updates.update(
             {(part, name): krona_update(name, saved) for name in target_layers(components[part], saved.config)}
         )
+    unused.report(len(updates))
     return updates
 
 
@@ -99,23 +128,47 @@ def are_ours(files: Mapping[str, TensorFile]) -> bool:
     return any(HEADER in file.metadata or any(f".{PREFIX}" in name for name in file.tensors) for file in files.values())
 
 
-def foreign_updates(files: Mapping[str, TensorFile], components: Mapping[str, nn.Module]) -> dict[Place, Update]:
+def foreign_updates(
+    files: Mapping[str, TensorFile],
+    components: Mapping[str, nn.Module],
+    reading: Reading = STRICT,
+    unused: Unused | None = None,
+) -> dict[Place, Update]:
     """What other programs' files say about each layer of a model.
 
     Args:
         files: by component, as `opened` gives them.
         components: the model's.
+        reading: how to read what programs disagree about.
+        unused: collects what does not fit the model; without it, that is an error.
 
     Raises:
         AdapterFileError: a file is damaged, or names layers that the model does not have.
     """
-    updates: dict[Place, Update] = {}
+    pieces: dict[Place, list[Piece]] = {}
     for part, file in files.items():
-        found = foreign.read(file)
+        found = foreign.read(file, reading, unused)
         known = {part: components[part]} if part and part in components else components
-        places = resolve(found, known, str(file.path))
-        updates.update({places[key]: update for key, update in found.items()})
+        targets = resolve(found, known, str(file.path), unused)
+        for key, target in targets.items():
+            for place, piece in _pieces(found[key], target, components):
+                pieces.setdefault(place, []).append(piece)
+    updates: dict[Place, Update] = {}
+    for (part, name), own in pieces.items():
+        layer = components[part].get_submodule(name)
+        update = assembled(own, outputs(layer)) if len(own) > 1 or own[0].into else own[0].update
+        update.check_layer(layer)
+        updates[part, name] = update
     return updates
+
+
+def _pieces(update: Update, target: Target, components: Mapping[str, nn.Module]) -> Iterator[tuple[Place, Piece]]:
+    """Where a file's layer goes: whole into a module, or its rows into several."""
+    rows = [part.rows for part in target.parts if part.rows]
+    of_file = max((last for _, last in rows), default=0)
+    for part in target.parts:
+        own = update if part.rows is None else cut(update, part.rows, of_file)
+        yield (target.component, part.module), Piece(own, part.into)
 
 
 def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
@@ -141,41 +194,99 @@ def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
 
 
 def by_component(
-    saved: dict[str, SavedAdapter], components: Mapping[str, nn.Module], source: Path
+    saved: dict[str, SavedAdapter],
+    components: Mapping[str, nn.Module],
+    source: Path,
+    unused: Unused | None = None,
 ) -> dict[str, SavedAdapter]:
     """The adapters of a file by the components of a model that they are for.
 
     A single module's adapter fits a pipeline's denoiser, and the denoiser's a single module.
 
+    Args:
+        saved: by the file's components.
+        components: the model's.
+        source: what to call the file in errors.
+        unused: collects components that the model lacks; without it, they are an error.
+
     Raises:
-        AdapterFileError: the model lacks a component.
+        AdapterFileError: the model lacks a component, or all of them.
     """
-    if set(saved) <= set(components):
-        return {part: saved[part] for part in components if part in saved}
+    found = {part: saved[part] for part in components if part in saved}
     denoisers = [part for part in saved if is_denoiser(part)]
     target = next(iter(components))
-    if len(denoisers) == 1 and (list(saved) == denoisers or target == ""):
-        return {target: saved[denoisers[0]]}
-    raise AdapterFileError(
-        f"{source} holds an adapter for {', '.join(sorted(saved))}, but this model has "
-        f"{', '.join(part or 'no named components' for part in components)}."
-    )
+    if not found and len(denoisers) == 1 and (list(saved) == denoisers or target == ""):
+        found = {target: saved[denoisers[0]]}
+        missing = [part for part in saved if part not in denoisers]
+    else:
+        missing = [part for part in saved if part not in found]
+    if missing:
+        not_used = unused or Unused(str(source))
+        not_used.add(
+            f"{source} holds an adapter for {', '.join(sorted(saved))}, but this model has "
+            f"{', '.join(part or 'no named components' for part in components)}."
+        )
+        if unused is None or not found:
+            not_used.report(len(found))
+    return found
+
+
+def kronecker_only(
+    updates: Mapping[Place, Update], components: Mapping[str, nn.Module], source: Path, unused: Unused
+) -> dict[Place, KroneckerUpdate]:
+    """Those of some updates that an adapter of ours can be; the others are noted as unused."""
+    layers: dict[Place, KroneckerUpdate] = {}
+    others: dict[tuple[str, bool], list[str]] = {}
+    for (part, name), update in updates.items():
+        label = in_component(part, name)
+        if isinstance(update, KroneckerUpdate) and update.dora_scale is None:
+            if update.bias is not None:
+                reason = f"{source} changes biases, which no adapter of ours does"
+                others.setdefault((reason, False), []).append(label)
+            if update.num_terms <= FEW_TERMS or _pays(update):
+                layers[part, name] = update
+                continue
+            reason = (
+                f"{source} has layers that are rows of one product; in this model they would be sums of up to "
+                f"{update.num_terms} products, which cost more than the whole weight"
+            )
+            others.setdefault((reason, True), []).append(label)
+            continue
+        approximable = has_delta(update) and not is_of_norm(update)
+        others.setdefault((_no_product(update, source), approximable), []).append(label)
+    for (reason, approximable), names in others.items():
+        nearest = "; `diffusekrona convert --budget` finds the nearest Kronecker products" if approximable else ""
+        unused.add(
+            f"{reason} ({len(names)} of {len(updates)} layers: {few(names)}). merge_file(pipe, path) merges them into "
+            f"the weights exactly{nearest}."
+        )
+    return layers
+
+
+def has_delta(update: Update) -> bool:
+    """Whether an update is the same for every weight, so that it can be approximated."""
+    return update.dora_scale is None and not isinstance(update, LibraryUpdate)
+
+
+def is_of_norm(update: Update) -> bool:
+    """Whether an update is for the weight of a norm, or for nothing but a bias."""
+    return isinstance(update, Full) and (update.diff is None or update.diff.dim() == 1)
+
+
+def _pays(update: KroneckerUpdate) -> bool:
+    """Whether a sum of products takes fewer multiply-adds than the weight that it is added to."""
+    shapes = update.shapes
+    return update.num_terms * krona_multiply_adds(shapes, cheapest_order(shapes)) <= shapes.d * shapes.h
 
 
 def as_krona(
-    updates: Mapping[Place, Update], components: Mapping[str, nn.Module], source: Path
+    layers: Mapping[Place, KroneckerUpdate], components: Mapping[str, nn.Module], source: Path
 ) -> dict[str, SavedAdapter]:
     """The same updates as a KronA adapter of each component.
 
     Raises:
-        AdapterFileError: some update is no Kronecker product, or has DoRA's magnitudes; or layouts or numbers of terms
-            differ.
+        AdapterFileError: layouts differ.
     """
-    layers: dict[Place, KroneckerUpdate] = {}
-    for place, update in updates.items():
-        if update.dora_scale is not None or not isinstance(update, KroneckerUpdate):
-            raise AdapterFileError(_no_product(update, source))
-        layers[place] = update
     if len({layer.layout for layer in layers.values()}) > 1:
         raise AdapterFileError(f"{source} mixes LoKr with layers of the paper authors' layout, which is not supported.")
     return {
@@ -185,12 +296,14 @@ def as_krona(
 
 
 def _no_product(update: Update, source: Path) -> str:
-    kind = "DoRA" if update.dora_scale is not None else {"lora": "LoRA", "loha": "LoHa"}.get(update.kind, "whole")
-    return (
-        f"{source} holds {kind} updates, which are no Kronecker products, so they cannot become an adapter exactly. "
-        "merge_file(pipe, path) merges them into the weights exactly; `diffusekrona convert` finds the nearest "
-        "Kronecker products."
-    )
+    if isinstance(update, LibraryUpdate):
+        return f"{source} holds {update.kind} updates, which multiply the base's weights"
+    if update.dora_scale is not None:
+        return f"{source} holds DoRA updates, which depend on the base's weights"
+    if is_of_norm(update):
+        return f"{source} changes norms, which no adapter of ours does"
+    kind = {"lora": "LoRA", "loha": "LoHa"}.get(update.kind, "whole")
+    return f"{source} holds {kind} updates, which are no Kronecker products, so they cannot become an adapter exactly"
 
 
 def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -> None:
@@ -274,15 +387,17 @@ def _adapter(layers: Mapping[str, KroneckerUpdate], component: nn.Module, source
     b_rank = _common_b_rank(layers)
     (a1, a2), factor_pattern = common_and_pattern({name: layer.shapes[:2] for name, layer in layers.items()})
     alpha, alpha_pattern = common_and_pattern({name: layer.scale for name, layer in layers.items()})
+    num_terms, terms_pattern = common_and_pattern({name: layer.num_terms for name, layer in layers.items()})
     config = KronAConfig(
         a1=a1,
         a2=a2,
         alpha=alpha,
-        num_terms=next(iter(layers.values())).num_terms,
+        num_terms=num_terms,
         b_rank=b_rank,
         layout=next(iter(layers.values())).layout,
         factor_pattern=factor_pattern,
         alpha_pattern=alpha_pattern,
+        terms_pattern=terms_pattern,
     )
     target_only(config, component, layers)
     tensors: dict[str, Tensor] = {}

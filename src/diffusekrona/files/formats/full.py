@@ -1,4 +1,8 @@
-"""Whole updates, as LyCORIS and ComfyUI read and write them: `<layer>.diff` is ΔW itself."""
+"""Whole updates, as LyCORIS and ComfyUI read and write them.
+
+`<layer>.diff` is ΔW itself and `<layer>.diff_b` what the bias changes by, of any layer that has them; LyCORIS'
+`train_norm` calls them `<layer>.w_norm` and `<layer>.b_norm` in norms.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,36 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...errors import AdapterFileError
 from .updates import LayerTensors, Update
 
-PARTS = {".diff": "diff"}
+PARTS = {".diff": "diff", ".w_norm": "diff"}
 """End of a tensor's name → part."""
 
 
 @dataclass(frozen=True, eq=False)
 class Full(Update):
-    """ΔW, in the shape of the weight."""
+    """ΔW.
 
-    diff: Tensor
+    Attributes:
+        diff: in the shape of the weight; None where only the bias changes.
+    """
+
+    diff: Tensor | None
+
+    @property
+    def bias_only(self) -> bool:
+        """Whether the weight stays as it is."""
+        return self.diff is None
 
     def delta(self) -> Tensor:
-        """ΔW in fp32."""
+        """ΔW in fp32.
+
+        Raises:
+            AdapterFileError: only the bias changes.
+        """
+        if self.diff is None:
+            raise AdapterFileError(f"{self.where} changes the bias only.")
         return self.diff.float()
 
 
@@ -29,5 +49,6 @@ def read(layer: LayerTensors) -> Full:
     Raises:
         AdapterFileError: it is not finite.
     """
-    layer.matrix("diff", (1, 2, 3, 4, 5))
-    return Full(layer.parts["diff"], kind="full", **layer.common())
+    if "diff" in layer.parts or "bias" not in layer.parts:
+        layer.matrix("diff", (1, 2, 3, 4, 5))
+    return Full(layer.parts.get("diff"), kind="full", **layer.common())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from . import peft_configs
 from .updates import LayerTensors, Update, tucker
 
 PARTS = {f".hada_{part}": part for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
@@ -51,6 +52,7 @@ def read(layer: LayerTensors) -> LoHa:
     Raises:
         AdapterFileError: a factor is missing, not finite, or they do not fit each other.
     """
+    peft_configs.settings(layer, "LOHA")
     names = ("w1_a", "w1_b", "w2_a", "w2_b")
     w1_a, w1_b, w2_a, w2_b = (layer.matrix(name) for name in names)
     cores = None

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from . import peft_configs
 from .updates import KroneckerUpdate, LayerTensors, flat, tucker
 
 PARTS = {f".lokr_{part}": part for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
@@ -25,8 +26,10 @@ def read(layer: LayerTensors) -> KroneckerUpdate:
     """One layer of a LoKr file; products are computed in fp32.
 
     Raises:
-        AdapterFileError: a factor is missing, not finite, or its parts do not fit each other.
+        AdapterFileError: a factor is missing, not finite, or its parts do not fit each other; or PEFT's config says
+            something that the factors do not tell.
     """
+    peft_configs.settings(layer, "LOKR")
     w1, rank, _ = _factor(layer, "w1", (2,))
     w2, w2_rank, parts = _factor(layer, "w2", (2, 3, 4, 5))
     if parts is not None:

@@ -3,6 +3,8 @@
 Tensors    up (d × r) and down (r × h, or r × h × kernel for a convolution, whose up is d × r × 1 × 1), named
            `<layer>.lora_up.weight` and `<layer>.lora_down.weight` by kohya and LyCORIS, `<layer>.lora_B.weight` and
            `<layer>.lora_A.weight` by PEFT and Diffusers, and by older Diffusers as in `PROCESSOR_PARTS`.
+           Some programs leave out `.weight`, XLabs' writes `<layer>.up.weight` and `<layer>.down.weight`.
+           PEFT's `lora_bias` adds `<layer>.lora_B.bias`, which is scaled like the rest.
            With LyCORIS' Tucker core `<layer>.lora_mid.weight` (r × r × kernel), down is r × h × 1 × 1.
 Scale      alpha / r with the layer's own `<layer>.alpha`; or as PEFT's config in the header says; or else 1.
 """
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from . import peft_configs, peft_modules
 from .updates import LayerTensors, Update, flat, tucker
 
 PARTS = {
@@ -23,12 +26,18 @@ PARTS = {
     ".lora_A.weight": "down",
     ".lora_B.default.weight": "up",
     ".lora_A.default.weight": "down",
+    ".lora_B.bias": "up_bias",
+    ".lora_B.default.bias": "up_bias",
+    ".lora_B": "up",
+    ".lora_A": "down",
+    ".lora_up": "up",
+    ".lora_down": "down",
 }
 """End of a tensor's name → part."""
 
 PROCESSOR_PARTS = {
     f"{style}.{part}.weight": part
-    for style in ("_lora", ".lora", ".lora_layer", ".lora_linear_layer")
+    for style in ("_lora", ".lora", ".lora_layer", ".lora_linear_layer", "")
     for part in ("up", "down")
 }
 """The same for older Diffusers, whose attention processors held the adapters: `….processor.to_q_lora.up.weight`.
@@ -61,11 +70,12 @@ class LoRA(Update):
         return self.scale * (up @ flat(down)).reshape(up.shape[0], *down.shape[1:])
 
 
-def read(layer: LayerTensors) -> LoRA:
-    """One layer of a LoRA file.
+def read(layer: LayerTensors) -> Update:
+    """One layer of a LoRA file; PEFT's own, if it was trained from PiSSA or OLoRA, which changed the base.
 
     Raises:
-        AdapterFileError: a factor is missing, not finite, or they do not fit each other.
+        AdapterFileError: a factor is missing, not finite, or they do not fit each other; or PEFT's config says
+            something that the factors do not tell.
     """
     dims = (2, 3, 4, 5)
     up, down = layer.matrix("up", dims), layer.matrix("down", dims)
@@ -73,11 +83,10 @@ def read(layer: LayerTensors) -> LoRA:
     layer.check(flat(up).shape[1] == up.shape[1] == (down if mid is None else mid).shape[0], "up", "down", "mid")
     if mid is not None:
         layer.check(mid.shape[1] == down.shape[0] and flat(down).shape[1] == down.shape[1], "mid", "down")
-    return LoRA(
-        layer.parts["up"],
-        layer.parts["down"],
-        layer.scale(down.shape[0]),
-        layer.parts.get("mid"),
-        kind="lora",
-        **layer.common(),
-    )
+    config = peft_configs.settings(layer, "LORA")
+    scale, common = layer.scale(down.shape[0]), layer.common()
+    if peft_configs.is_rebased(config):
+        return peft_modules.rebased_lora(layer, up, down)
+    if "up_bias" in layer.parts:
+        common["bias"] = scale * layer.parts["up_bias"].float().flatten()
+    return LoRA(layer.parts["up"], layer.parts["down"], scale, layer.parts.get("mid"), kind="lora", **common)

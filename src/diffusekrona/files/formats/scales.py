@@ -1,7 +1,16 @@
-"""The scales that PEFT's configs, in the header of a Diffusers or PEFT file, give to its layers.
+"""The scale of a layer's update, as the program that wrote the file meant it.
 
-Diffusers writes them as one JSON object, `lora_adapter_metadata`: a single model's config as it is, a pipeline's with
-every field as `<component>.<field>`. PEFT's own folders keep the config in `adapter_config.json`.
+By the layer's own `alpha` tensor, alpha / r; 0 stands for r, as kohya's scripts and LyCORIS read it. Without such
+tensors, by PEFT's configs in the header (or, in PEFT's own folders, in `adapter_config.json`), or by a plain `alpha`,
+`lora_alpha` or `network_alpha` there; else 1. Diffusers writes PEFT's configs as one JSON object,
+`lora_adapter_metadata`: a single model's config as it is, a pipeline's with every field as `<component>.<field>`.
+
+Two whole factors of LoKr have no rank. LyCORIS, ComfyUI and Diffusers ignore their alpha, so it may be anything, also
+the infinity that 10¹⁰ is in fp16; PEFT always applies its config's; some programs divide alpha by the rank in the
+header, see `AlphaOfWhole`.
+
+`rs_lora` in kohya's `ss_network_args` (LyCORIS' rank stabilisation) divides by √r. LyCORIS 3 and later writes an alpha
+that is √r times as large as the user's, `ss_network_alpha`, so that alpha / r is right again; others write the user's.
 """
 
 from __future__ import annotations
@@ -9,72 +18,182 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import AdapterFileError
-from ...tuner.compat import get_pattern_key
 from ...tuner.names import without_component, without_peft_prefix
+from ...tuner.patterns import first_match
+from ..unused import AlphaOfWhole
 
 HEADER = "lora_adapter_metadata"
+
+_ALPHAS = ("alpha", "lora_alpha", "network_alpha")
+_RANKS = ("ss_network_dim", "network_dim", "lora_dim", "lora_rank", "rank", "dim", "r")
+_RSLORA = ("use_rslora", "rs_lora", "rslora")
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What PEFT's configs say: component → fields of its config, "" for a single model."""
+    """What a file's header says about the scales of its layers.
+
+    Attributes:
+        source: what to call the file in errors.
+        configs: PEFT's, component → fields, "" for a single model.
+        alpha: of all layers, where no layer has a tensor of its own; None if the header has none.
+        rank: of all layers, by the header, or of all layers that have one, by their tensors; None if it is not known.
+        stabilised: whether scales are alpha / √r.
+        user_alpha: `ss_network_alpha`, what the user asked for.
+        alpha_of_whole: what the alpha of two whole factors means.
+    """
 
     source: str
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    alpha: float | None = None
+    rank: float | None = None
+    stabilised: bool = False
+    user_alpha: float | None = None
+    alpha_of_whole: AlphaOfWhole = "ignored"
+    _disputed: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
-    def of(self, layer: str, rank: int | None) -> float:
-        """alpha / r of a layer, or with `use_rslora` alpha / √r; 1 if no config says anything about it.
+    def of(self, layer: str, rank: int | None, alpha: float | None = None) -> float:
+        """The scale of a layer's update.
+
+        Args:
+            layer: its name in the file.
+            rank: of its decomposed factors; None for whole ones.
+            alpha: its own; None if it has none.
+
+        Raises:
+            AdapterFileError: the alpha or rank is not a number that a scale could be made of.
+        """
+        if alpha is None:
+            found = self.of_layer(layer)
+            if found is not None:
+                return self._by_config(*found, rank)
+            if self.alpha is None:
+                return 1.0
+            alpha = self.alpha
+            if rank is not None:
+                return self._scale(alpha, rank, self.stabilised)
+        if rank is None:
+            return self._of_whole(layer, alpha)
+        return self._scale(alpha, rank, self._is_raw(layer, alpha, rank)) if alpha else 1.0
+
+    def of_layer(self, layer: str) -> tuple[str, Mapping[str, Any]] | None:
+        """A layer's name in its model and PEFT's config that is for it; None if there is none."""
+        for part, config in self.configs.items():
+            if layer.startswith(f"{part}.") or not part:
+                return without_peft_prefix(without_component(part, layer)), config
+        return None
+
+    def warn(self) -> None:
+        """Say for which layers programs disagree about the scale, if there are any."""
+        if not self._disputed:
+            return
+        layer, (alpha, rank) = next(iter(self._disputed.items()))
+        warnings.warn(
+            f"{self.source}: {len(self._disputed)} LoKr layers, such as {layer}, have two whole factors and alpha "
+            f"{alpha:g} beside rank {rank:g}. Their scale is taken as 1, as LyCORIS, ComfyUI and Diffusers do; in "
+            f"programs that apply alpha / rank it is {alpha / rank:g}. If one of those made the file, choose "
+            "alpha_of_whole='applied' (--alpha-of-whole applied on the command line).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _of_whole(self, layer: str, alpha: float) -> float:
+        if self.rank is None or not math.isfinite(alpha) or not alpha or alpha == self.rank:
+            return 1.0
+        scale = alpha / self.rank
+        if self.stabilised and math.isclose(scale, math.sqrt(self.rank), rel_tol=1e-2):
+            return math.sqrt(self.rank)
+        if self.alpha_of_whole == "applied":
+            return scale
+        self._disputed[layer] = (alpha, self.rank)
+        return 1.0
+
+    def _is_raw(self, layer: str, alpha: float, rank: int) -> bool:
+        """Whether a layer's alpha has still to be divided by √r instead of r."""
+        if not self.stabilised or rank == 1:
+            return False
+        if self.user_alpha is not None:
+            user = self.user_alpha or rank
+            for raw, expected in ((True, user), (False, user * math.sqrt(rank))):
+                if math.isclose(alpha, expected, rel_tol=1e-2):
+                    return raw
+        raise AdapterFileError(
+            f"{self.source} was trained with rs_lora, and the layer {layer} has alpha {alpha:g} at rank {rank}, which "
+            f"is neither ss_network_alpha ({self.user_alpha}) nor that times √{rank}: its scale is not known."
+        )
+
+    def _by_config(self, name: str, config: Mapping[str, Any], rank: int | None) -> float:
+        """alpha / r by a config, or with `use_rslora` alpha / √r; 1 if it says nothing about alpha.
 
         Both come from the layer's entry in `alpha_pattern` and `rank_pattern`, or else count for all layers. `rank` is
         used as r where the layer's tensors have one.
-
-        Raises:
-            AdapterFileError: the config's alpha or rank is not a number that a scale could be made of.
         """
-        for part, config in self.configs.items():
-            if layer.startswith(f"{part}.") or not part:
-                name = without_peft_prefix(without_component(part, layer))
-                alpha = self._value(config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha")))
-                if alpha is None:
-                    return 1.0
-                r = rank or self._value(config, "rank_pattern", name, config.get("r"))
-                return self._scale(alpha, r, bool(config.get("use_rslora")))
-        return 1.0
+        alpha = self._value(config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha")))
+        if alpha is None:
+            return 1.0
+        r = rank or self._value(config, "rank_pattern", name, config.get("r"))
+        return self._scale(alpha, r, bool(config.get("use_rslora")))
 
     def _value(self, config: Mapping[str, Any], pattern: str, name: str, otherwise: Any) -> Any:
         patterns = config.get(pattern) or {}
         try:
-            return patterns.get(get_pattern_key(list(patterns), name), otherwise)
+            return patterns.get(first_match(patterns, name), otherwise)
         except (AttributeError, TypeError, re.error) as error:
             raise AdapterFileError(
                 f"{self.source} has a config whose {pattern} does not work ({error}); it should map regular "
                 f"expressions to numbers, but is {patterns!r}."
             ) from error
 
-    def _scale(self, alpha: Any, r: Any, rslora: bool) -> float:
+    def _scale(self, alpha: Any, r: Any, stabilised: bool) -> float:
         try:
-            scale = alpha / (math.sqrt(r) if rslora else r)
+            scale = alpha / (math.sqrt(r) if stabilised else r)
             if math.isfinite(scale):
                 return float(scale)
         except (TypeError, ValueError, ArithmeticError):
             pass
         raise AdapterFileError(
-            f"{self.source} has a config with alpha {alpha!r} and rank {r!r}; both should be numbers, and the rank "
-            "at least 1."
+            f"{self.source} has alpha {alpha!r} and rank {r!r}; both should be finite numbers, and the rank at least 1."
         )
 
 
-def from_header(metadata: Mapping[str, str], source: str) -> Scales:
-    """The configs in a file's header, which has a `lora_adapter_metadata`.
+def from_header(
+    metadata: Mapping[str, str],
+    source: str,
+    rank: float | None = None,
+    alpha_of_whole: AlphaOfWhole = "ignored",
+) -> Scales:
+    """What a file's header says.
+
+    Args:
+        metadata: the header.
+        source: what to call the file in errors.
+        rank: of all layers that have one, by their tensors; the header's own goes before.
+        alpha_of_whole: what the alpha of two whole factors means.
 
     Raises:
-        AdapterFileError: the entry is not a JSON object.
+        AdapterFileError: an entry is not what it should be.
     """
+    arguments = _arguments(metadata, source)
+    given = {name: _number(metadata, name, source) for name in (*_ALPHAS, *_RANKS, "ss_network_alpha")}
+    stated = next((given[name] for name in _RANKS if given[name]), None)
+    return Scales(
+        source,
+        _configs(metadata, source) if metadata.get(HEADER) else {},
+        alpha=next((given[name] for name in _ALPHAS if given[name] is not None), None),
+        rank=stated or rank,
+        stabilised=any(_is_true(where.get(name)) for name in _RSLORA for where in (arguments, metadata)),
+        user_alpha=given["ss_network_alpha"],
+        alpha_of_whole=alpha_of_whole,
+    )
+
+
+def _configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Any]]:
     try:
         fields = json.loads(metadata[HEADER])
         items = list(fields.items())
@@ -86,4 +205,35 @@ def from_header(metadata: Mapping[str, str], source: str) -> Scales:
     for key, value in items:
         part, _, name = key.rpartition(".")
         configs.setdefault(part, {})[name] = value
-    return Scales(source, configs)
+    return configs
+
+
+def _arguments(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
+    """kohya's `ss_network_args`, what the network was made with."""
+    text = metadata.get("ss_network_args")
+    if not text or text == "None":
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{source} has damaged `ss_network_args` in its header ({error}).") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _number(metadata: Mapping[str, str], name: str, source: str) -> float | None:
+    text = metadata.get(name)
+    if text is None or text in ("", "None", "null", "Dynamic"):
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        if name.startswith("ss_") or name in _RANKS:
+            return None
+        raise AdapterFileError(
+            f"{source} has {name} {text!r} in its header, which should be a number: the scale of its layers is not "
+            "known."
+        ) from error
+
+
+def _is_true(value: object) -> bool:
+    return str(value).strip().lower() in ("true", "1", "yes")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import AdapterFileError
 from ...kron.products import dense_update
@@ -26,12 +26,19 @@ class Update(ABC):
         where: the file and the layer, for errors.
         parameters: how many numbers the file holds for it, alpha not counted.
         dora_scale: DoRA's magnitudes m, one per output (d × 1 …) or one per input (1 × h …); None without DoRA.
+        bias: what the layer's bias changes by, in fp32; None if it stays.
     """
 
     kind: str = ""
     where: str = field(default="The update", repr=False)
     parameters: int = 0
     dora_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def bias_only(self) -> bool:
+        """Whether the weight stays as it is."""
+        return False
 
     @abstractmethod
     def delta(self) -> Tensor:
@@ -57,6 +64,23 @@ class Update(ABC):
             return delta
         original = weight.detach().float()
         return _decomposed(original + delta, self.dora_scale.to(weight.device), self.where) - original
+
+    def change_of_bias(self, bias: Tensor) -> Tensor:
+        """What a layer's bias changes by, in fp32.
+
+        Raises:
+            AdapterFileError: the update was made for a bias of another length.
+        """
+        assert self.bias is not None
+        if self.bias.numel() != bias.numel():
+            raise AdapterFileError(
+                f"{self.where} was made for a bias of {self.bias.numel()}, but the one here has {bias.numel()}; the "
+                "file is for another model."
+            )
+        return self.bias.to(bias.device).reshape(bias.shape)
+
+    def check_layer(self, layer: nn.Module) -> None:  # noqa: B027  (most have nothing to check)
+        """Raise `AdapterFileError` if the layer would have to change in more than its weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +122,7 @@ class Common(TypedDict):
     where: str
     parameters: int
     dora_scale: Tensor | None
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -123,12 +148,20 @@ class LayerTensors:
             AdapterFileError: a tensor is not of floating-point numbers, or holds an infinity or a NaN.
         """
         for part, tensor in self.parts.items():
-            if not tensor.is_floating_point() and part != "alpha":
+            if part == "alpha":  # which may be of any dtype, and infinite where it means nothing
+                continue
+            if not tensor.is_floating_point():
                 raise self.error(f"holds {part} as {tensor.dtype}, where floating-point numbers are expected")
             if not bool(torch.isfinite(tensor.float()).all()):
                 raise self.error(f"holds an infinity or a NaN in {part}: its training failed, or the file is damaged")
         parameters = sum(tensor.numel() for part, tensor in self.parts.items() if part != "alpha")
-        return {"where": self.where, "parameters": parameters, "dora_scale": self._dora_scale()}
+        bias = self.parts.get("bias")
+        return {
+            "where": self.where,
+            "parameters": parameters,
+            "dora_scale": self._dora_scale(),
+            "bias": None if bias is None else bias.float().flatten(),
+        }
 
     def matrix(self, part: str, dims: tuple[int, ...] = (2,)) -> Tensor:
         """A part that must be there, in fp32, with one of so many dimensions, none of them empty."""
@@ -141,21 +174,20 @@ class LayerTensors:
         return tensor.float().contiguous()
 
     def scale(self, rank: int | None) -> float:
-        """The factor of the update: alpha / rank; 1 without an alpha.
-
-        alpha is the layer's own tensor, or PEFT's config in the header decides. In a tensor, 0 stands for the rank,
-        as where kohya's scripts and LyCORIS read it.
+        """The factor of the update: alpha / rank, or what else the file's header says; see `scales`.
 
         Args:
-            rank: the rank of the layer's decomposed factors. None for whole ones, where only PEFT applies an alpha
-                (LyCORIS' and ComfyUI's rule).
+            rank: the rank of the layer's decomposed factors; None for whole ones.
         """
         alpha = self.parts.get("alpha")
+        scales = self.scales or Scales("The file")
         if alpha is None:
-            return 1.0 if self.scales is None else self.scales.of(self.name, rank)
+            return scales.of(self.name, rank)
         if alpha.numel() != 1:
             raise self.error(f"holds an alpha of shape {_by(alpha.shape)}, where one number is expected")
-        return float(alpha) / rank if rank and float(alpha) else 1.0
+        if rank is not None and not math.isfinite(float(alpha)):
+            raise self.error(f"holds {float(alpha)} as its alpha: its training failed, or the file is damaged")
+        return scales.of(self.name, rank, float(alpha))
 
     def error(self, text: str) -> AdapterFileError:
         """An error about this layer: the text follows the file's and the layer's name."""

@@ -1,21 +1,22 @@
-"""How other programs name the layers of a model, in both directions.
+"""How other programs name the layers of a model, and which of them they fuse.
 
 Diffusers, PEFT     the component's name and the module's own, `unet.down_blocks.1.….attn1.to_q`; of a single model the
                     latter only, or behind `base_model.model.`. Older Diffusers put adapters into attention processors,
-                    `unet.….attn1.processor.to_q`. ComfyUI's own are `diffusion_model.` and the original name.
-kohya, LyCORIS      a prefix per component and the module's name with underscores for dots,
-                    `lora_unet_down_blocks_1_…_attn1_to_q`. kohya's scripts train SDXL, unlike SD 1.x, in its original
-                    form, so its files have the original checkpoint's names: `lora_unet_input_blocks_4_1_…_attn1_to_q`.
+                    `unet.….attn1.processor.to_q`.
+ComfyUI, and        `diffusion_model.` and the name in the family's original checkpoint, which `Layout` tells, or the
+ai-toolkit          module's own; text encoders as `text_encoders.clip_l.transformer.text_model.…`.
+kohya, musubi,      a prefix per component and the name with underscores for dots: in the original checkpoint
+OneTrainer          (`lora_unet_input_blocks_4_1_…_attn1_to_q`), or in Diffusers (`lora_transformer_…`).
+LyCORIS, SimpleTuner   `lycoris_` and the module's own name with underscores.
 
-A UNet's original names follow from its blocks: each ResNet of the way down is an input block of its own, with the
-transformer beside it second in it; so is each downsampler; on the way up, an upsampler comes last in an output block.
+A file's layer is one or more parts of modules of the model: rows of the one are rows of the other.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,10 +24,15 @@ from transformers import PreTrainedModel
 from ...errors import AdapterFileError
 from ...tuner.compat import BaseTunerLayer
 from ...tuner.names import DENOISERS, PEFT_PREFIX, TEXT_ENCODERS, in_component, unwrapped_name
+from ..unused import Unused, few
+from .attention import fused_names, redirected, redirections
+from .families import LAYOUTS, layout_of
+from .layout import Part
+from .unet import is_sdxl_unet, is_unet, original_names, original_unet_name
 
 _KOHYA_PREFIXES = {
-    "unet": ("lora_unet_",),
-    "transformer": ("lora_transformer_", "lora_unet_"),
+    "unet": ("lora_unet_", "oft_unet_"),
+    "transformer": ("lora_transformer_", "lora_unet_", "oft_unet_"),
     "text_encoder": ("lora_te1_", "lora_te_"),
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
@@ -34,47 +40,50 @@ _KOHYA_PREFIXES = {
 _T5_PREFIX = "lora_te3_"  # kohya's scripts keep it for T5, which is Flux' second text encoder
 _LYCORIS_PREFIX = "lycoris_"
 
-_OUTSIDE_BLOCKS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_IN_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _IN_PROCESSOR = re.compile(r"\b(attn\d*)\.(to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)(\.0)?$")
 _IN_CLIP_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
+_COMFY_ENCODER = re.compile(r"text_encoders\.(?P<kind>[a-z]+\d*(_[lg])?)\w*\.(transformer\.)?(model\.)?")
 _MADE_FOR = {
-    r"double_blocks|single_blocks": "Flux in its original layout, whose fused projections Diffusers has as several",
-    r"single_transformer_blocks": "a Flux transformer",
-    r"joint_blocks": "Stable Diffusion 3 in its original layout",
     r"^lora_te3_|^text_encoder_3\.": "a pipeline with a third text encoder",
     r"^lora_te2_|^text_encoder_2\.": "a pipeline with a second text encoder, such as Stable Diffusion XL",
-    r"^lora_te1?_|^text_encoder\.|text_model|self_attn": "a pipeline with a CLIP text encoder",
+    r"^lora_te1?_|^text_encoders?\.|text_model": "a pipeline with a text encoder",
     r"[sk][._]\d+[._](\d+[._])?transformer_blocks[._][2-9]": "the UNet of Stable Diffusion XL",
     r"down_blocks[._]0[._]attentions|up_blocks[._]3|input_blocks[._][12][._]1|put_blocks[._](9|10|11)[._]": (
         "the UNet of Stable Diffusion 1.x or 2.x"
     ),
     r"down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks": "a UNet",
+    r"double_blocks|single_blocks": "a transformer of FLUX' kind in its original layout",
+    r"single_transformer_blocks": "a transformer of FLUX' kind",
     r"transformer_blocks": "a diffusion transformer",
 }
-"""What a layer's name has in it, most telling first → what it was made for."""
+"""What a layer's name has in it, most telling first → what it was made for, where no family's signs tell it."""
+
+
+class Target(NamedTuple):
+    """What a layer of a file stands for in a model.
+
+    Attributes:
+        component: of the pipeline, "" for a model by itself.
+        parts: of its modules.
+    """
+
+    component: str
+    parts: tuple[Part, ...]
+
+    @property
+    def modules(self) -> str:
+        """The modules' names, for errors."""
+        return " + ".join(dict.fromkeys(in_component(self.component, part.module) for part in self.parts))
 
 
 def resolve(
-    keys: Iterable[str], components: Mapping[str, nn.Module], source: str = "The adapter"
-) -> dict[str, tuple[str, str]]:
-    """The module that each layer of another program's file stands for: (component, module name).
+    keys: Iterable[str],
+    components: Mapping[str, nn.Module],
+    source: str = "The adapter",
+    unused: Unused | None = None,
+) -> dict[str, Target]:
+    """What each layer of another program's file stands for in a pipeline.
 
     Adapters that a model already has make no difference, neither to the names found nor to those returned.
 
@@ -82,48 +91,82 @@ def resolve(
         keys: the layers' names as a file writes them.
         components: the pipeline's models by component name, or a single one as "".
         source: what to call the file in errors.
+        unused: collects layers that match nothing; without it, they are an error.
 
     Raises:
         AdapterFileError: some keys match nothing; a key matches several modules; or several match the same one.
     """
     known = _known_names(components)
-    found: dict[str, tuple[str, str]] = {}
-    taken: dict[tuple[str, str], str] = {}
+    found: dict[str, Target] = {}
+    taken: dict[tuple[str, Part], str] = {}
     unmatched = []
     for key in keys:
-        targets = known.get(unwrapped_name(key), set())
+        targets = known.get(_canonical(unwrapped_name(key)), set())
         if not targets:
             unmatched.append(key)
             continue
         if len(targets) > 1:
-            names = " and ".join(sorted(".".join(filter(None, target)) for target in targets))
+            names = " and ".join(sorted(target.modules for target in targets))
             raise AdapterFileError(f"{source}: the layer {key} could be {names}; load it into one of these models.")
         found[key] = (target := next(iter(targets)))
-        if taken.setdefault(target, key) != key:
-            raise AdapterFileError(f"{source}: {taken[target]} and {key} are the same layer under two names.")
+        for part in target.parts:
+            whole = Part(part.module, None, part.into)
+            if taken.setdefault((target.component, whole), key) != key:
+                other = taken[target.component, whole]
+                raise AdapterFileError(f"{source}: {other} and {key} are the same layer under two names.")
     if unmatched:
-        raise AdapterFileError(_unmatched(unmatched, len(unmatched) + len(found), components, source))
+        not_used = unused or Unused(source)
+        not_used.add(_unmatched(unmatched, len(unmatched) + len(found), components, source))
+        if unused is None:
+            not_used.report(len(found))
     return found
 
 
+def made_for(keys: Iterable[str]) -> str | None:
+    """What model a file's layers look made for; None if their names do not tell."""
+    names = list(keys)
+    families = [one for one in LAYOUTS if any(re.search(sign, key) for sign in one.signs for key in names)]
+    if len(families) == 1:
+        return families[0].title
+    return next((made for sign, made in _MADE_FOR.items() if any(re.search(sign, key) for key in names)), None)
+
+
 def foreign_names(component: str, module: nn.Module) -> dict[str, str]:
-    """Every name that other programs may give to a layer of this model → the module's name in it.
+    """Every name that other programs may give to a layer of this model that is one layer in theirs, too → its name.
 
     Args:
         component: the model's name in its pipeline, such as "unet"; "" for a model by itself.
         module: the model.
     """
-    return dict(_foreign_names(component, module))
+    return {
+        alias: parts[0].module
+        for alias, parts in _foreign_names(component, module)
+        if len(parts) == 1 and parts[0] == Part(parts[0].module)
+    }
 
 
-def _foreign_names(component: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+def _foreign_names(component: str, module: nn.Module) -> Iterator[tuple[str, tuple[Part, ...]]]:
     role = _role(component, module)
-    blocks = dict(_original_blocks(module)) if _is_unet(module) else None
-    for name in layer_names(module):
-        original = None if blocks is None else _original_name(name, blocks)
-        for own in _own_names(role, name) | ({original} if original else set()):
-            for alias in _aliases(role, module, own):
-                yield alias, name
+    for own, parts in _names_within(role, module):
+        for alias in _aliases(role, module, own):
+            yield alias, parts
+
+
+def _names_within(role: str, model: nn.Module) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    """What a file's layers may be called within a model, and what they are there."""
+    modules = {unwrapped_name(name): module for name, module in model.named_modules()}
+    fused = redirections(modules)
+    layers = layer_names(model)
+    originals = original_names(model, layers) if is_unet(model) else {}
+    for name in layers:
+        whole = redirected((Part(name),), fused, modules)
+        for own in _own_names(role, name) | ({originals[name]} if name in originals else set()):
+            yield own, whole
+    yield from fused_names(modules)
+    layout = layout_of(model)
+    if layout is not None:
+        for original, parts in layout.parts(model):
+            yield original, redirected(parts, fused, modules)
 
 
 def layer_names(module: nn.Module) -> list[str]:
@@ -161,58 +204,39 @@ def kohya_name(component: str, module_name: str, components: Mapping[str, nn.Mod
     prefix = _kohya_prefixes(role, module)[0]
     if role == "text_encoder" and _is_sd1(components):
         prefix = "lora_te_"
-    if _is_sdxl_unet(module):
+    if is_sdxl_unet(module):
         module_name = original_unet_name(module, module_name) or module_name
     elif _is_clip(module):
         module_name = _with_text_model(module_name)
     return prefix + module_name.replace(".", "_")
 
 
-def original_unet_name(unet: nn.Module, name: str) -> str | None:
-    """A UNet layer's name in the checkpoints of CompVis and Stability AI; None if it has none there."""
-    return _original_name(name, dict(_original_blocks(unet)))
-
-
-def _original_name(name: str, blocks: Mapping[str, str]) -> str | None:
-    parts = name.split(".")
-    block = next((start for n in (3, 4, 5) if (start := ".".join(parts[:n])) in blocks), None)
-    if block is None:
-        return _OUTSIDE_BLOCKS.get(name)
-    inner = name[len(block) :].lstrip(".")
-    inner = _IN_RESNET.get(inner, inner) if ".resnets." in block else inner
-    return f"{blocks[block]}.{inner}".rstrip(".")
-
-
-def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:
-    """Each part of a UNet's blocks, by its name here and in the original checkpoint."""
-    n = 1
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(getattr(block, "resnets", ()))):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0"
-            yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n}.1"
-            n += 1
-        if getattr(block, "downsamplers", None) is not None:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n}.0.op"
-            n += 1
-    yield "mid_block.resnets.0", "middle_block.0"
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield "mid_block.resnets.1", "middle_block.2"
-    n = 0
-    for i, block in enumerate(unet.up_blocks):
-        for j in range(len(getattr(block, "resnets", ()))):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0"
-            yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1"
-            n += 1
-        place = 2 if hasattr(block, "attentions") else 1
-        yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{n - 1}.{place}.conv"
-
-
-def _known_names(components: Mapping[str, nn.Module]) -> dict[str, set[tuple[str, str]]]:
-    known: dict[str, set[tuple[str, str]]] = {}
+def _known_names(components: Mapping[str, nn.Module]) -> dict[str, set[Target]]:
+    known: dict[str, set[Target]] = {}
     for component, module in components.items():
-        for alias, name in _foreign_names(component, module):
-            known.setdefault(alias, set()).add((component, name))
+        for alias, parts in _foreign_names(component, module):
+            known.setdefault(alias, set()).add(Target(component, parts))
     return known
+
+
+def _canonical(key: str) -> str:
+    """A key with ComfyUI's many names of text encoders as one for each kind."""
+    match = _COMFY_ENCODER.match(key)
+    return f"text_encoders.{_encoder_kind(match['kind'])}.{key[match.end() :]}" if match else key
+
+
+def _encoder_kind(name: str) -> str:
+    return next((kind for kind in ("clip_l", "clip_g", "t5", "umt5") if name.startswith(kind)), "llm").replace(
+        "umt5", "t5"
+    )
+
+
+def _kind_of(encoder: nn.Module) -> str:
+    """What ComfyUI calls a text encoder, the version aside."""
+    name = type(encoder).__name__
+    if name.startswith("CLIPText"):
+        return "clip_g" if getattr(getattr(encoder, "config", None), "hidden_size", 0) > 1024 else "clip_l"
+    return "t5" if name.startswith(("T5", "UMT5")) else "llm"
 
 
 def _aliases(role: str, module: nn.Module, own: str) -> Iterator[str]:
@@ -225,6 +249,9 @@ def _aliases(role: str, module: nn.Module, own: str) -> Iterator[str]:
         yield prefix + own.replace(".", "_")
     if role in DENOISERS:
         yield f"diffusion_model.{own}"
+        yield f"model.diffusion_model.{own}"
+    elif role in TEXT_ENCODERS:
+        yield f"text_encoders.{_kind_of(module)}.{own}"
 
 
 def _own_names(role: str, name: str) -> set[str]:
@@ -251,21 +278,13 @@ def _role(component: str, module: nn.Module) -> str:
         return component
     if isinstance(module, PreTrainedModel):
         return "text_encoder"
-    return "unet" if _is_unet(module) else "transformer"
-
-
-def _is_unet(module: nn.Module) -> bool:
-    return all(hasattr(module, blocks) for blocks in ("down_blocks", "mid_block", "up_blocks"))
-
-
-def _is_sdxl_unet(module: nn.Module) -> bool:
-    return _is_unet(module) and getattr(getattr(module, "config", None), "addition_embed_type", None) == "text_time"
+    return "unet" if is_unet(module) else "transformer"
 
 
 def _is_sd1(components: Mapping[str, nn.Module]) -> bool:
     """Whether there is just one text encoder, and no denoiser that is known to go with several."""
     others = {"text_encoder_2", "text_encoder_3", "transformer"} & set(components)
-    return not others and not any(map(_is_sdxl_unet, components.values()))
+    return not others and not any(map(is_sdxl_unet, components.values()))
 
 
 def _is_clip(module: nn.Module) -> bool:
@@ -278,11 +297,10 @@ def _with_text_model(name: str) -> str:
 
 
 def _unmatched(keys: list[str], of: int, components: Mapping[str, nn.Module], source: str) -> str:
-    few = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-    made = next((made for sign, made in _MADE_FOR.items() if any(re.search(sign, key) for key in keys)), None)
+    made = made_for(keys)
     here = ", ".join(f"{name or 'a model'} ({type(module).__name__})" for name, module in components.items())
     return (
-        f"{source}: {len(keys)} of {of} layers match nothing here, for example {few}. "
+        f"{source}: {len(keys)} of {of} layers match nothing here, for example {few(keys)}. "
         + (f"They look made for {made}. " if made else "")
         + f"Here there is {here}."
     )
