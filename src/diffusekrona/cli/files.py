@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,15 +58,24 @@ AlphaOfWholeOption = Annotated[
 
 
 def inspect(file: Adapter, every_layer: EveryLayer = False) -> None:
-    """Say what an adapter file is: method, shapes, ranks, norms, header, and what it can be converted to."""
+    """Say what a file is: method, program, model, shapes, ranks, norms, header, and what can be done with it."""
     from ..files.inspect import METHODS, inspect_file
 
     found = inspect_file(file)
-    print_line(
-        f"{file}: {METHODS[found.kind]}, {len(found.layers)} layers, {found.parameters:,} parameters, "
-        f"norm {found.norm:.4g}"
-    )
-    console.print(found.table(every_layer))
+    if found.layers:
+        norm = "" if math.isnan(found.norm) else f", norm {found.norm:.4g}"
+        print_line(f"{file}: {METHODS[found.kind]}, {len(found.layers)} layers, {found.parameters:,} parameters{norm}")
+        print_line(f"Layers have {found.naming}")
+    else:
+        print_line(f"{file}: no adapter, but {found.naming}")
+    if found.made_by:
+        print_line(f"Written by {found.made_by}")
+    if found.made_for:
+        print_line(f"Looks made for {found.made_for}")
+    if found.layers:
+        console.print(found.table(every_layer))
+    for reason in found.unused:
+        print_line(f"Not used: {reason}")
     for key, value in sorted(found.metadata.items()):
         print_line(f"{key}: {value}")
     for become in found.becomes:

@@ -1,10 +1,10 @@
-"""What an adapter file of any program is: its layers, their shapes, ranks and norms, its header, what it can become."""
+"""What a safetensors file is: an adapter of any program, its layers, what can be done with it; or something else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..kron.shapes import stacked, terms_of
+from ..storage import TensorFile
 from ..tuner.names import in_component, layer_of
 from .formats import foreign
 from .formats import krona as krona_format
@@ -23,7 +24,9 @@ from .formats.library import LibraryUpdate
 from .formats.loha import LoHa
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
-from .read import are_ours, krona_update, opened
+from .provenance import made_by, made_for_model, naming_of, not_an_adapter
+from .read import are_ours, has_delta, is_of_norm, krona_update, opened
+from .unused import Unused
 from .write import check_fits_lokr
 
 METHODS = {
@@ -39,6 +42,7 @@ METHODS = {
     "glora": "GLoRA",
     "ia3": "(IA)³",
     "mixed": "several methods",
+    "none": "no adapter",
 }
 
 
@@ -68,19 +72,27 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter file.
+    """A safetensors file.
 
     Attributes:
-        kind: its method, or "mixed".
+        kind: its method; "mixed", or "none" if it is no adapter.
         layers: in the file's order.
         metadata: its header.
-        becomes: what it can be converted to, and how.
+        becomes: what can be done with it, and how; sentences without a full stop.
+        naming: whose names its layers have, or what the file is if it is no adapter.
+        made_by: the program that wrote it; None if nothing tells.
+        made_for: the model; None if nothing tells.
+        unused: what of it cannot be used, and why.
     """
 
     kind: str
     layers: list[LayerInspection]
     metadata: dict[str, str]
     becomes: list[str]
+    naming: str = ""
+    made_by: str | None = None
+    made_for: str | None = None
+    unused: list[str] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
@@ -123,26 +135,50 @@ class Inspection:
 
 
 def inspect_file(path: Path) -> Inspection:
-    """What an adapter file or folder is; no model is needed.
+    """What a safetensors file, or an adapter's folder, is; no model is needed.
 
     Raises:
-        AdapterFileError: it cannot be read, or is no adapter that is known here.
+        AdapterFileError: it cannot be read, or is damaged so that nothing can be said of it.
     """
     files = opened(path)
-    if not are_ours(files):
-        updates = {
-            in_component(part, name): update
-            for part, file in files.items()
-            for name, update in foreign.read(file).items()
-        }
-        metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
-        layers = [_layer(name, update) for name, update in updates.items()]
-        bound = any(update.dora_scale is not None or isinstance(update, LibraryUpdate) for update in updates.values())
-        kinds = {layer.kind for layer in layers}
-        kind = kinds.pop() if len(kinds) == 1 else "mixed"
-        return Inspection(kind, layers, metadata, _MERGED if bound else _becomes(kind))
-    adapters = krona_format.read(files)
-    return Inspection("krona", _ours(adapters, path), {}, _ours_become(adapters))
+    if are_ours(files):
+        adapters = krona_format.read(files)
+        names = [in_component(part, name) for part, saved in adapters.items() for name in map(layer_of, saved.tensors)]
+        return Inspection(
+            "krona",
+            _ours(adapters, path),
+            {},
+            _ours_become(adapters),
+            "diffusekrona's names",
+            made_by="diffusekrona",
+            made_for=made_for_model(names),
+        )
+    return _foreign(files, path)
+
+
+def _foreign(files: Mapping[str, TensorFile], path: Path) -> Inspection:
+    unused = Unused(str(path))
+    updates = {
+        in_component(part, name): update
+        for part, file in files.items()
+        for name, update in foreign.read(file, unused=unused).items()
+    }
+    metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
+    if not updates:
+        shapes = {name: tuple(tensor.shape) for file in files.values() for name, tensor in file.tensors.items()}
+        what, model = not_an_adapter(shapes)
+        return Inspection("none", [], metadata, [], what, made_by(metadata, []), model, unused.reasons)
+    kinds = {update.kind for update in updates.values()}
+    return Inspection(
+        kinds.pop() if len(kinds) == 1 else "mixed",
+        [_layer(name, update) for name, update in updates.items()],
+        metadata,
+        _becomes(list(updates.values())),
+        naming_of(updates),
+        made_by(metadata, list(updates)),
+        made_for_model(updates),
+        unused.reasons,
+    )
 
 
 def _ours(adapters: Mapping[str, SavedAdapter], path: Path) -> list[LayerInspection]:
@@ -155,27 +191,36 @@ def _ours(adapters: Mapping[str, SavedAdapter], path: Path) -> list[LayerInspect
     return layers
 
 
-_MERGED = ["merged weights, exactly (diffusekrona merge)"]
-_NEAREST = ["KronA, LoKr: the nearest Kronecker products (diffusekrona convert --factors or --budget)"]
-_EXACT = ["KronA, LoKr: exactly (diffusekrona convert)"]
+_MERGED = "merged weights, exactly (diffusekrona merge)"
+_NEAREST = "KronA, LoKr: the nearest Kronecker products (diffusekrona convert --factors or --budget)"
+_EXACT = "KronA, LoKr: exactly (load_krona, diffusekrona convert)"
 
 
-def _becomes(kind: str) -> list[str]:
-    """What a file of another program can be converted to, unless its updates depend on the weight."""
-    if kind == "lokr":
-        return _EXACT + _MERGED
-    return (["KronA: exactly"] if kind == "reference" else []) + _NEAREST + _MERGED
+def _becomes(updates: list[Update]) -> list[str]:
+    """What a file of another program can be converted to, and how many of its layers."""
+    exact = [update for update in updates if isinstance(update, KroneckerUpdate) and update.dora_scale is None]
+    approximable = [update for update in updates if has_delta(update) and not is_of_norm(update)]
+    found = []
+    if exact:
+        found.append(_of(_EXACT if exact[0].layout == "kron" else "KronA: exactly (load_krona)", exact, updates))
+    if len(approximable) > len(exact) or (exact and exact[0].layout != "kron"):
+        found.append(_of(_NEAREST, approximable, updates))
+    return [*found, _MERGED]
+
+
+def _of(what: str, usable: Sized, updates: Sized) -> str:
+    return what if len(usable) == len(updates) else f"{what}, {len(usable)} of {len(updates)} layers"
 
 
 def _ours_become(adapters: Mapping[str, SavedAdapter]) -> list[str]:
     if any(saved.config.modules_to_save for saved in adapters.values()):
-        return ["KronA: exactly"]
+        return ["KronA: exactly (load_krona)"]
     try:
         for saved in adapters.values():
             check_fits_lokr(saved)
     except AdapterFileError:
-        return ["KronA: exactly", *_NEAREST, *_MERGED]
-    return _EXACT + _MERGED
+        return ["KronA: exactly (load_krona)", _NEAREST, _MERGED]
+    return [_EXACT, _MERGED]
 
 
 def _layer(name: str, update: Update) -> LayerInspection:
@@ -189,6 +234,9 @@ def _described(update: Update) -> tuple[tuple[int, int] | None, str, int | None,
         return None, update.shapes, None, math.nan
     if isinstance(update, KroneckerUpdate):
         return _of_terms(update)
+    if update.bias_only:
+        assert update.bias is not None
+        return (len(update.bias), 1), "bias", None, float(update.bias.norm())
     if isinstance(update, LoRA) and update.mid is None:
         up, down = flat(update.up.double()), flat(update.down.double())
         square = abs(float((up.T @ up * (down @ down.T)).sum()))

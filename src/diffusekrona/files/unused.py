@@ -41,6 +41,8 @@ class Reading:
                 raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
 
 
+_SHOWN = 5
+
 STRICT = Reading()
 """Where nothing is chosen."""
 
@@ -74,7 +76,9 @@ class Unused:
         """
         if not self.reasons:
             return
-        text = " ".join(self.reasons)
+        text = " ".join(self.reasons[:_SHOWN])
+        if len(self.reasons) > _SHOWN:
+            text += f" And {len(self.reasons) - _SHOWN} more problems of the kind."
         if self.on_unused == "warn" and used:
             warnings.warn(f"{text} The other {used} layers are used.", UserWarning, stacklevel=2)
             return

@@ -105,18 +105,24 @@ def parse(
         metadata: the file's header, which may hold PEFT's config.
         source: what to call the file in errors.
         reading: how to read what programs disagree about.
-        unused: collects tensors of kinds that are not known here; without it, they are an error.
+        unused: collects tensors that are not known here, and layers that are damaged; without it, they are an error.
 
     Raises:
-        AdapterFileError: there is nothing in it, or a tensor of a kind that is not known here; or a layer whose
-            tensors are incomplete, not finite or do not fit each other.
+        AdapterFileError: without `unused`, there is nothing in it, or a tensor of a kind that is not known here, or a
+            layer whose tensors are incomplete, not finite or do not fit each other. In any case, a header that is
+            damaged, or two tensors for one part of a layer.
     """
     not_used = unused or Unused(source)
     layers = _layers(tensors, source, not_used)
     scales = from_header(metadata or {}, source, _common_rank(layers), reading.alpha_of_whole)
     if any("alpha" in layer.parts for _, _, layer in layers):
         scales = replace(scales, alpha=None)
-    updates = {name: _update(name, kind, layer, scales, source) for name, kind, layer in layers}
+    updates = {}
+    for name, kind, layer in layers:
+        try:
+            updates[name] = _update(name, kind, layer, scales, source)
+        except AdapterFileError as error:
+            not_used.add(str(error))
     scales.warn()
     if unused is None:
         not_used.report(len(updates))
@@ -143,10 +149,11 @@ def _layers(tensors: Mapping[str, Tensor], source: str, unused: Unused) -> list[
     for name, layer in layers.items():
         kinds = layer.kinds - {""} or ({"full"} if "bias" in layer.parts else set())
         if len(kinds) != 1:
-            raise AdapterFileError(
+            unused.add(
                 f"{source}: the layer {name} holds only {', '.join(sorted(layer.parts))}, which is "
                 + (f"of several methods at once ({', '.join(sorted(kinds))})." if kinds else "no update by itself.")
             )
+            continue
         kind = kinds.pop()
         found.append((name, processor if kind == _PROCESSOR else kind, layer))
     return found
@@ -168,9 +175,8 @@ def _grouped(tensors: Mapping[str, Tensor], source: str, unused: Unused) -> dict
         layer.parts[part] = tensor
     if unknown:
         unused.add(_not_known(unknown, len(tensors), source))
-    if not layers:
-        unused.report(0)
-        raise AdapterFileError(f"{source} holds no tensors.")
+    if not tensors:
+        unused.add(f"{source} holds no tensors.")
     return layers
 
 
