@@ -127,6 +127,7 @@ def save_krona(
     adapter_name: str | None = None,
     *,
     format: Format = "krona",
+    whole: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Save an adapter: to one self-contained file if `path` ends in .safetensors, else to a PEFT folder.
@@ -135,16 +136,20 @@ def save_krona(
         model: the pipeline or module that holds the adapter.
         path: `my-dog` or `my-dog.safetensors`.
         adapter_name: which adapter; may be left out while there is just one.
-        format: "krona", ours. "lokr", a LoKr file with the names that kohya's scripts, LyCORIS, ComfyUI and their kin
-            use; "lokr-diffusers", one with Diffusers' names. Both are single files.
-        metadata: header entries of a LoKr file beside those that are known here, such as `{"ss_steps": "1000"}`.
+        format: "krona", ours. For other programs, a single LoKr file with the names that they read: "comfyui",
+            "kohya", "diffusers", "sdnext" or "invokeai"; "lokr" is "comfyui" and "lokr-diffusers" is "diffusers".
+            "lora" is the same update as an exact LoRA of rank(A)·rank(B), which loads everywhere and is far larger.
+        whole: multiply out each B that is a product (`b_rank`), for programs that do not read it so.
+        metadata: header entries of a file for other programs, beside those that are known here, such as
+            `{"ss_steps": "1000"}`.
 
     Returns:
         The path written to.
 
     Raises:
         AdapterNameError: no such adapter.
-        AdapterFileError: the factors are not finite, or the format cannot hold this adapter; nothing was written.
+        AdapterFileError: the factors are not finite, the format cannot hold this adapter, or the program reads no
+            adapter of this model; nothing was written.
         OSError: the file cannot be written; an older one there is as it was.
     """
     check_format(format)
@@ -156,7 +161,7 @@ def save_krona(
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterFileError(f"{key} of {part or 'the model'} holds an infinity or a NaN; nothing was saved.")
     target = Path(path).expanduser()
-    write(target, adapters, components, format, metadata)
+    write(target, adapters, components, format, metadata, whole)
     return target
 
 

@@ -17,7 +17,7 @@ from diffusekrona import KronAConfig, inject_krona, load_krona, merge_file, merg
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.errors import AdapterFileError, MergeError
 from diffusekrona.files.formats.krona import SavedAdapter
-from diffusekrona.files.write import lokr_bytes
+from diffusekrona.files.write import foreign_bytes
 from diffusekrona.storage import data_hash
 from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -160,7 +160,7 @@ def test_a_header_names_the_architecture_and_the_base_where_they_are_known(tmp_p
             saved["unet"].tensors[f"{name}.krona_A"] = torch.ones(4, 8)
             saved["unet"].tensors[f"{name}.krona_B"] = torch.ones(d // 4, h // 8)
         file = tmp_path / "lokr.safetensors"
-        file.write_bytes(lokr_bytes(saved, {"unet": model}, "lokr"))
+        file.write_bytes(foreign_bytes(saved, {"unet": model}, "lokr"))
         with safe_open(file, "pt") as opened:
             header = opened.metadata()
         assert header["modelspec.architecture"] == architecture

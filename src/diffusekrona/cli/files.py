@@ -28,7 +28,8 @@ Output = Annotated[Path, typer.Argument(help="File to write, which ends in .safe
 ToFormat = Annotated[
     Format,
     typer.Option(
-        help="Format to write: krona, lokr for kohya's scripts and ComfyUI, or lokr-diffusers with Diffusers' names."
+        help="Format to write: krona; LoKr for comfyui (also called lokr), kohya, diffusers, sdnext or invokeai; or "
+        "lora, an exact LoRA."
     ),
 ]
 Factors = Annotated[
@@ -95,6 +96,9 @@ def convert(
     factors: Factors = None,
     budget: Budget = None,
     num_terms: Terms = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Multiply out factors that are products, for programs that refuse these.")
+    ] = False,
     on_unused: OnUnusedOption = "error",
     alpha_of_whole: AlphaOfWholeOption = "ignored",
 ) -> None:
@@ -113,6 +117,8 @@ def convert(
             target,
             on_layer=lambda done, total: show(completed=done, total=total),
             reading=Reading(on_unused, alpha_of_whole),
+            whole=whole,
+            say=print_line,
         )
     _print_conversion(output, result)
 

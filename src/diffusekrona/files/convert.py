@@ -20,7 +20,7 @@ from .formats.updates import KroneckerUpdate, Update, flat
 from .merge_base import folder_components
 from .read import Place, as_krona, has_delta, is_of_norm, read_adapters, updates_in
 from .unused import STRICT, Reading, Unused, few
-from .write import check_output, write
+from .write import Say, check_output, write
 
 Progress = Callable[[int, int], None]
 """Called with how many layers are done and how many there are."""
@@ -75,6 +75,8 @@ def convert(
     target: Target | None = None,
     on_layer: Progress | None = None,
     reading: Reading = STRICT,
+    whole: bool = False,
+    say: Say | None = None,
 ) -> Conversion:
     """Write an adapter file or folder in another format.
 
@@ -88,6 +90,8 @@ def convert(
             conversion will do.
         on_layer: called after each layer that is approximated.
         reading: what to do about tensors that cannot be used, and where programs disagree.
+        whole: as in `save_krona`.
+        say: is told before writing how large an exact LoRA gets.
 
     Raises:
         AdapterFileError: the source cannot be read, or does not fit the model; or the format cannot hold it.
@@ -100,7 +104,7 @@ def convert(
         updates = _approximable(updates_in(source, components, reading), source, reading)
         return write_nearest(updates, components, source, output, to, target, on_layer)
     adapters = read_adapters(source, components, reading)
-    write(output, adapters, components, to)
+    write(output, adapters, components, to, whole=whole, say=say)
     return _conversion(adapters, {})
 
 
@@ -135,7 +139,7 @@ def _approximable(updates: Mapping[Place, Update], source: Path, reading: Readin
         unused.add(
             f"{source} changes the biases of {len(biased)} layers, which no adapter of ours does: {few(biased)}."
         )
-    norms = [in_component(*place) for place, update in updates.items() if is_of_norm(update)]
+    norms = [in_component(*place) for place, update in updates.items() if is_of_norm(update) and not update.bias_only]
     if norms:
         unused.add(f"{source} changes {len(norms)} norms, which no adapter of ours does: {few(norms)}.")
     found = {place: update for place, update in updates.items() if has_delta(update) and not is_of_norm(update)}
@@ -251,7 +255,7 @@ def _budgets(
 def _delta(update: Update) -> Delta:
     """ΔW as `approximate` takes it: structured where the file holds it so."""
     if isinstance(update, LoRA) and update.mid is None:
-        return LowRank(update.scale * update.up.flatten(1), flat(update.down))
+        return LowRank(update.scale * update.up.float().flatten(1), flat(update.down.float()))
     if isinstance(update, KroneckerUpdate) and update.layout == "kron":
         return Kronecker(update.scale * stacked(update.A), stacked(update.B))
     return flat(update.delta())

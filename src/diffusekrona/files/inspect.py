@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from ..kron.shapes import stacked, terms_of
+from ..kron.shapes import stacked
 from ..storage import TensorFile
 from ..tuner.names import in_component, layer_of
 from .formats import foreign
@@ -23,11 +23,11 @@ from .formats.krona import SavedAdapter
 from .formats.library import LibraryUpdate
 from .formats.loha import LoHa
 from .formats.lora import LoRA
-from .formats.updates import KroneckerUpdate, Update, flat
+from .formats.updates import LARGEST_PRODUCT, KroneckerUpdate, Update, flat
 from .provenance import made_by, made_for_model, naming_of, not_an_adapter
 from .read import are_ours, has_delta, is_of_norm, krona_update, opened
 from .unused import Unused
-from .write import check_fits_lokr
+from .write import check_fits
 
 METHODS = {
     "krona": "KronA",
@@ -169,9 +169,15 @@ def _foreign(files: Mapping[str, TensorFile], path: Path) -> Inspection:
         what, model = not_an_adapter(shapes)
         return Inspection("none", [], metadata, [], what, made_by(metadata, []), model, unused.reasons)
     kinds = {update.kind for update in updates.values()}
+    layers = []
+    for name, update in updates.items():
+        try:
+            layers.append(_layer(name, update))
+        except AdapterFileError as error:
+            unused.add(str(error))
     return Inspection(
         kinds.pop() if len(kinds) == 1 else "mixed",
-        [_layer(name, update) for name, update in updates.items()],
+        layers,
         metadata,
         _becomes(list(updates.values())),
         naming_of(updates),
@@ -217,14 +223,17 @@ def _ours_become(adapters: Mapping[str, SavedAdapter]) -> list[str]:
         return ["KronA: exactly (load_krona)"]
     try:
         for saved in adapters.values():
-            check_fits_lokr(saved)
+            check_fits(saved)
+        one_product = all(saved.config.num_terms == 1 and not saved.config.terms_pattern for saved in adapters.values())
     except AdapterFileError:
-        return ["KronA: exactly (load_krona)", _NEAREST, _MERGED]
-    return [_EXACT, _MERGED]
+        one_product = False
+    return [_EXACT, _MERGED] if one_product else ["KronA: exactly (load_krona)", _NEAREST, _MERGED]
 
 
 def _layer(name: str, update: Update) -> LayerInspection:
     size, shapes, rank, norm = _described(update)
+    if not isinstance(update, LibraryUpdate) and not math.isfinite(norm):
+        raise AdapterFileError(f"{update.where} is an update with an infinity or a NaN, though its factors have none.")
     return LayerInspection(name, update.kind, size, shapes, update.parameters, rank, norm)
 
 
@@ -238,26 +247,81 @@ def _described(update: Update) -> tuple[tuple[int, int] | None, str, int | None,
         assert update.bias is not None
         return (len(update.bias), 1), "bias", None, float(update.bias.norm())
     if isinstance(update, LoRA) and update.mid is None:
-        up, down = flat(update.up.double()), flat(update.down.double())
-        square = abs(float((up.T @ up * (down @ down.T)).sum()))
-        return (len(up), down.shape[1]), f"rank {up.shape[1]}", _rank(up @ down), abs(update.scale) * math.sqrt(square)
-    delta = flat(update.delta().double())
+        return _of_lora(update.up, update.down, update.scale)
+    if isinstance(update, LoHa) and update.cores is None:
+        return _of_loha(update)
+    assert update.shape is not None
+    if update.shape.numel() > max(LARGEST_PRODUCT, update.parameters):
+        raise AdapterFileError(
+            f"{update.where} is an update of {' × '.join(map(str, update.shape))}, larger than any convolution's: the "
+            "file is damaged, or made to do harm."
+        )
+    delta = _finite(flat(update.delta().double()), update)
     shapes = f"rank {update.w1_b.shape[0]} ∘ {update.w2_b.shape[0]}" if isinstance(update, LoHa) else "whole"
-    return (delta.shape[0], delta.shape[1]), shapes, _rank(delta), float(delta.norm())
+    return (delta.shape[0], delta.shape[1]), shapes, int(_ranks(delta)), float(delta.norm())
+
+
+def _finite(tensor: Tensor, update: Update) -> Tensor:
+    """A product of factors, which may be out of range though they are not."""
+    if not bool(tensor.isfinite().all()):
+        raise AdapterFileError(f"{update.where} gives an infinity or a NaN: its training failed, or it is damaged.")
+    return tensor
+
+
+def _of_lora(up: Tensor, down: Tensor, scale: float) -> tuple[tuple[int, int], str, int, float]:
+    up, down = flat(up.double()), flat(down.double())
+    square = abs(float((up.T @ up * (down @ down.T)).sum()))
+    size, rank = (len(up), down.shape[1]), int(_ranks_of_products(up, down))
+    return size, f"rank {up.shape[1]}", rank, abs(scale) * math.sqrt(square)
+
+
+def _of_loha(update: LoHa) -> tuple[tuple[int, int], str, int, float]:
+    """The norm some rows at a time or by products of columns, and the highest rank that the elementwise product has."""
+    a1, b1, a2, b2 = (factor.double() for factor in (update.w1_a, update.w1_b, update.w2_a, update.w2_b))
+    (d, r1), (r2, h) = a1.shape, b2.shape
+    if (d + h) * (r1 * r2) ** 2 < d * h * (r1 + r2):
+        left, right = _paired(a1, a2), _paired(b1.T, b2.T)
+        square = abs(float((left.T @ left * (right.T @ right)).sum()))
+    else:
+        step = max(1, LARGEST_PRODUCT // (64 * h))
+        square = sum(
+            float(((a1[i : i + step] @ b1) * (a2[i : i + step] @ b2)).square().sum()) for i in range(0, d, step)
+        )
+    rank = int(_ranks_of_products(a1, b1) * _ranks_of_products(a2, b2))
+    return (d, h), f"rank {r1} ∘ {r2}", min(rank, d, h), abs(update.scale) * math.sqrt(square)
+
+
+def _paired(one: Tensor, other: Tensor) -> Tensor:
+    """Each row's products of an entry of one with an entry of the other."""
+    return (one.unsqueeze(2) * other.unsqueeze(1)).flatten(1)
 
 
 def _of_terms(update: KroneckerUpdate) -> tuple[tuple[int, int], str, int, float]:
     (a1, a2, b1, b2), (d, h) = update.shapes, (update.shapes.d, update.shapes.h)
-    A, B = (stacked(factors).double().flatten(1) for factors in (update.A, update.B))
-    # ⟨A ⊗ B, C ⊗ D⟩ = ⟨A, C⟩·⟨B, D⟩
-    square = abs(float((A @ A.T * (B @ B.T)).sum()))
-    rank = min(sum(_rank(a) * _rank(b) for a, b in terms_of(update.A, update.B)), d, h)
+    A, B = (stacked(_finite(factors, update)).double() for factors in (update.A, update.B))
+    a, b = A.flatten(1), B.flatten(1)
+    # ⟨A ⊗ B, C ⊗ D⟩ = ⟨A, C⟩·⟨B, D⟩, and Σ A ⊗ B has the numbers of Σ vec(A) vec(B)ᵀ, for very many terms.
+    few = len(a) <= max(a.shape[1], b.shape[1])
+    square = abs(float((a @ a.T * (b @ b.T)).sum() if few else (a.T @ b).square().sum()))
+    of_B = _ranks(B) if update.b_parts is None else _ranks_of_products(*update.b_parts)
+    rank = min(int((_ranks(A) * of_B).sum()), d, h)
     count = f"{update.num_terms} terms " if update.num_terms > 1 else ""
     return (d, h), f"{count}{a1} × {a2} ⊗ {b1} × {b2}", rank, abs(update.scale) * math.sqrt(square)
 
 
-def _rank(matrix: Tensor) -> int:
-    return int(torch.linalg.matrix_rank(matrix.float()))
+def _ranks(matrices: Tensor, longest: int | None = None) -> Tensor:
+    """Of one matrix or several, in fp32, as if their longest side were another."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    scaled = (matrices / largest.where(largest > 0, 1.0)).float()
+    tolerance = (longest or max(scaled.shape[-2:])) * torch.finfo(scaled.dtype).eps
+    ranks: Tensor = torch.linalg.matrix_rank(scaled, rtol=tolerance)
+    return ranks
+
+
+def _ranks_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Of left · right, which is not built: what triangular matrices are left of both, when they are turned, tells."""
+    core = torch.linalg.qr(left.double(), "r").R @ torch.linalg.qr(right.double().mT, "r").R.mT
+    return _ranks(core, max(left.shape[-2], right.shape[-1]))
 
 
 def _range(values: Iterable[str]) -> str:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterFileError, FactorShapeError
+from ..errors import AdapterFileError, ConfigError, FactorShapeError
 from ..kron.costs import cheapest_order, krona_multiply_adds
 from ..kron.shapes import update_shapes
 from ..storage import TensorFile, read_safetensors
 from ..tuner.compat import ModulesToSaveWrapper
 from ..tuner.config import KronAConfig
-from ..tuner.names import FACTORS, PREFIX, factor_name, in_component, is_denoiser
+from ..tuner.names import FACTORS, PREFIX, factor_name, in_component, is_denoiser, layer_of
 from ..tuner.targets import common_and_pattern, layer_alpha, layer_shapes, target_layers, target_only
 from .formats import foreign
 from .formats import krona as krona_format
 from .formats.full import Full
 from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
 from .formats.library import LibraryUpdate
-from .formats.updates import KroneckerUpdate, Update
+from .formats.updates import LARGEST_PRODUCT, LARGEST_UPDATE, KroneckerUpdate, Update
 from .layouts.layout import outputs
 from .layouts.names import Target, resolve
-from .parts import Piece, assembled, cut
+from .parts import Assembled, Piece, assembled, cut
 from .unused import STRICT, Reading, Unused, few
 
 FEW_TERMS = 8
@@ -52,7 +53,7 @@ def read_adapters(
     unused = Unused(str(source), reading.on_unused)
     if ours:
         adapters = by_component(krona_format.read(files), components, source, unused)
-        unused.report(sum(len(saved.tensors) for saved in adapters.values()))
+        unused.report(len({(part, layer_of(key)) for part, saved in adapters.items() for key in saved.tensors}))
     else:
         layers = kronecker_only(foreign_updates(files, components, reading, unused), components, source, unused)
         unused.report(len(layers))
@@ -182,15 +183,41 @@ def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
     }
     if factors.keys() not in ({"A", "B"}, {"A", "B1", "B2"}):
         raise AdapterFileError(f"{saved.source} has not all factors of the layer {name}.")
+    _check_factors(factors, f"{saved.source}: the layer {name}")
+    b_parts = None if "B" in factors else (factors["B1"], factors["B2"])
     return KroneckerUpdate(
         factors["A"],
-        factors["B"] if "B" in factors else torch.matmul(factors["B1"], factors["B2"]),
+        factors["B"] if b_parts is None else torch.matmul(*b_parts),
         layer_alpha(saved.config, name),
+        b_parts if b_parts is not None and b_parts[0].dim() == 2 else None,
         layout=saved.config.layout,
         kind="krona",
         where=f"{saved.source}: the layer {name}",
         parameters=sum(factor.numel() for factor in factors.values()),
     )
+
+
+def _check_factors(factors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `AdapterFileError` unless A and B, or A and B1·B2, make an update, whatever model it may be for."""
+    left, *right = factors.values()
+    shapes = [factor.shape for factor in factors.values()]
+    alike = left.dim() in (2, 3) and all(factor.dim() == left.dim() for factor in right) and all(map(math.prod, shapes))
+    if (
+        not alike
+        or any(shape[:-2] != left.shape[:-2] for shape in shapes)
+        or (len(right) == 2 and shapes[1][-1] != shapes[2][-2])
+    ):
+        found = ", ".join(f"{key} of {_times(tuple(factor.shape))}" for key, factor in factors.items())
+        raise AdapterFileError(f"{where} has {found}, which do not fit each other; the file is damaged.")
+    if not all(bool(factor.isfinite().all()) for factor in factors.values()):
+        raise AdapterFileError(f"{where} holds an infinity or a NaN: its training failed, or the file is damaged.")
+    size = (left.shape[-2] * shapes[1][-2], left.shape[-1] * shapes[-1][-1])
+    product = math.prod((*shapes[1][:-1], shapes[-1][-1])) if len(right) == 2 else 0
+    if product > LARGEST_PRODUCT or math.prod(size) > LARGEST_UPDATE:
+        raise AdapterFileError(
+            f"{where} is an update of {_times(size)}, or has a B, larger than any weight: the file is damaged, or made "
+            "to do harm."
+        )
 
 
 def by_component(
@@ -265,12 +292,14 @@ def kronecker_only(
 
 def has_delta(update: Update) -> bool:
     """Whether an update is the same for every weight, so that it can be approximated."""
+    if isinstance(update, Assembled):
+        return all(has_delta(piece) for piece, _ in update.pieces)
     return update.dora_scale is None and not isinstance(update, LibraryUpdate)
 
 
 def is_of_norm(update: Update) -> bool:
     """Whether an update is for the weight of a norm, or for nothing but a bias."""
-    return isinstance(update, Full) and (update.diff is None or update.diff.dim() == 1)
+    return update.bias_only or (isinstance(update, Full) and update.diff is not None and update.diff.dim() == 1)
 
 
 def _pays(update: KroneckerUpdate) -> bool:
@@ -296,6 +325,15 @@ def as_krona(
 
 
 def _no_product(update: Update, source: Path) -> str:
+    if isinstance(update, Assembled):
+        for piece, _ in update.pieces:
+            if not isinstance(piece, KroneckerUpdate) or piece.dora_scale is not None:
+                return _no_product(piece, source)
+        return f"{source} has products of other shapes for parts of what is one layer in this model"
+    if update.bias_only:
+        return f"{source} changes biases, which no adapter of ours does"
+    if isinstance(update, LibraryUpdate) and update.kind == "lora":
+        return f"{source} holds LoRA updates from PiSSA or OLoRA, which count from other weights than the base's"
     if isinstance(update, LibraryUpdate):
         return f"{source} holds {update.kind} updates, which multiply the base's weights"
     if update.dora_scale is not None:
@@ -342,7 +380,14 @@ def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -
 
 def _expected_factors(component: nn.Module, saved: SavedAdapter) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
-    for name, layer in target_layers(component, saved.config).items():
+    try:
+        layers = target_layers(component, saved.config)
+    except ConfigError as error:
+        raise AdapterFileError(
+            f"{saved.source} holds a config that does not work with this {type(component).__name__}, which is "
+            f"unchanged: {error}"
+        ) from error
+    for name, layer in layers.items():
         try:
             shapes = layer_shapes(saved.config, name, layer)
         except FactorShapeError as error:

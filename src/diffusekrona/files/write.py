@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..storage import data_hash, safetensors_bytes, write_whole
-from ..tuner.names import factor_name
-from ..tuner.targets import layer_alpha, layer_shapes, target_layers
-from .formats import Format, lokr
+from ..tuner.names import layer_of
+from .formats import Format, lokr, lora
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
-from .layouts.names import diffusers_name, kohya_name
+from .layouts.programs import Naming, Program, naming, warnings_for
+from .read import krona_update
+from .regroup import NamedLayer, named_layers
 
 _ARCHITECTURES = {
     ("UNet2DConditionModel", 2048): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
@@ -26,6 +28,16 @@ _ARCHITECTURES = {
     ("SD3Transformer2DModel", None): ("stable-diffusion-3", "sd3"),
 }
 """Denoiser and width of its text → what modelspec and kohya's scripts call the architecture."""
+
+
+Say = Callable[[str], None]
+"""Is told a sentence before a file is written."""
+
+_PREDICT_NOISE = (_ARCHITECTURES["UNet2DConditionModel", 2048], _ARCHITECTURES["UNet2DConditionModel", 768])
+"""Those that always do; Stable Diffusion 2.x has models of both kinds, and transformers predict velocities."""
+
+_PROGRAMS: dict[str, Program] = {"lokr": "comfyui", "lokr-diffusers": "diffusers"}
+"""Formats that are not called as the program that they are for."""
 
 
 def check_format(name: str) -> Format:
@@ -43,7 +55,7 @@ def check_format(name: str) -> Format:
 def check_output(path: Path, format: str) -> None:
     """Raise `AdapterFileError` if there is no such format, or the path does not suit it."""
     if check_format(format) != "krona" and path.suffix != ".safetensors":
-        raise AdapterFileError(f"A LoKr file is a single one: let the path {path} end in .safetensors.")
+        raise AdapterFileError(f"A file for other programs is a single one: let {path} end in .safetensors.")
 
 
 def write(
@@ -52,89 +64,145 @@ def write(
     components: Mapping[str, nn.Module],
     format: Format,
     metadata: Mapping[str, str] | None = None,
+    whole: bool = False,
+    say: Say | None = None,
 ) -> None:
-    """Write adapters in a format, as `check_output` and `lokr_bytes` allow, whole or not at all."""
+    """Write adapters in a format, as `check_output` and `foreign_bytes` allow, whole or not at all."""
     check_output(path, format)
     if format == "krona":
         krona_format.write(path, adapters)
-    else:
-        write_whole({path: lokr_bytes(adapters, components, format, metadata)})
+        return
+    if format == "lora" and say is not None:
+        say(_size_as_lora(adapters))
+    write_whole({path: foreign_bytes(adapters, components, format, metadata, whole)})
 
 
-def lokr_bytes(
+def foreign_bytes(
     adapters: Mapping[str, SavedAdapter],
     components: Mapping[str, nn.Module],
-    naming: Format,
+    format: Format,
     metadata: Mapping[str, str] | None = None,
+    whole: bool = False,
 ) -> bytes:
-    """A LoKr file of these adapters, which any program that multiplies w1 ⊗ w2 reads as exactly their updates.
+    """A file that another program reads as exactly these adapters' updates.
 
     Args:
         adapters: by component.
-        components: the model's, which say how other programs name the layers.
-        naming: "lokr" or "lokr-diffusers".
+        components: the model's, which say how other programs name and fuse the layers.
+        format: any but "krona".
         metadata: more header entries, such as `ss_steps`; they win over those that are known here.
+        whole: multiply out each B that is a product, for programs that do not read it so.
 
     Raises:
-        AdapterFileError: LoKr cannot hold an adapter: it has several terms, the transposed layout, or whole modules.
+        AdapterFileError: the format cannot hold an adapter, or the program has no name for a layer.
     """
-    named = diffusers_name if naming == "lokr-diffusers" else kohya_name
-    layers = {}
+    program = program_of(format)
+    tensors: dict[str, Tensor] = {}
     for part, saved in adapters.items():
-        check_fits_lokr(saved)
-        for name in target_layers(components[part], saved.config):
-            layers[named(part, name, components)] = _factors(components[part], name, saved)
-    tensors = lokr.tensors(layers)
-    header = {**_header(adapters, components, tensors), **(metadata or {})}
+        check_fits(saved, format)
+        rule = naming(program, part, components[part], components)
+        layers = named_layers(saved, components[part], rule)
+        # Whole factors have no rank; that of the header keeps programs from scaling them by it.
+        tensors |= _tensors(layers, rule, whole, rank_of_whole=saved.config.b_rank or 1)
+        products = [name for name, layer in layers.items() if not whole and layer.update.b_parts is not None]
+        factors = {name: layer.update.shapes for name, layer in layers.items()}
+        for text in warnings_for(program, part, components[part], list(layers), products, factors, components):
+            warnings.warn(text, UserWarning, stacklevel=2)
+    header = {**_header(adapters, components, tensors, format), **(metadata or {})}
     return safetensors_bytes(tensors, header)
 
 
-def check_fits_lokr(saved: SavedAdapter) -> None:
-    """Raise `AdapterFileError` if LoKr cannot hold an adapter."""
-    config = saved.config
-    problem = (
-        f"it sums {config.num_terms} products per layer and LoKr holds one: compress it to one term first"
-        if config.num_terms > 1
-        else "its outputs are in the order of the paper authors' code, which LoKr does not have: merge it instead"
-        if config.layout != "kron"
-        else f"it holds whole modules ({', '.join(config.modules_to_save)}) beside its factors"
-        if config.modules_to_save
-        else ""
+def program_of(format: Format) -> Program:
+    """Whom a format, other than ours, is for."""
+    return _PROGRAMS.get(format, format)  # type: ignore[arg-type]
+
+
+def _tensors(layers: Mapping[str, NamedLayer], rule: Naming, whole: bool, rank_of_whole: int) -> dict[str, Tensor]:
+    if rule.tensors != "lokr":
+        exact = {name: lora.exact(layer.update, layer.kernel) for name, layer in layers.items()}
+        return lora.tensors(exact, kohya=rule.tensors == "lora_down/lora_up")
+    _check_terms(layers)
+    tensors = lokr.tensors({name: _factors(layer, whole) for name, layer in layers.items()}, rank_of_whole)
+    return {name: tensor for name, tensor in tensors.items() if rule.alpha or not name.endswith(".alpha")}
+
+
+def _size_as_lora(adapters: Mapping[str, SavedAdapter]) -> str:
+    """What an exact LoRA takes, beside the Kronecker products: rank(A)·rank(B)·(d + h) numbers for each."""
+    names = [
+        (saved, name) for saved in adapters.values() for name in dict.fromkeys(map(layer_of, saved.tensors)) if name
+    ]
+    updates = [krona_update(name, saved) for saved, name in names]
+    ranks = [lora.exact_rank(update) for update in updates]
+    numbers = sum(rank * (update.shapes.d + update.shapes.h) for rank, update in zip(ranks, updates, strict=True))
+    own = sum(update.parameters for update in updates)
+    return (
+        f"An exact LoRA has rank {min(ranks)} to {max(ranks)}: {numbers:,} numbers, {4 * numbers / 1e6:,.1f} MB, where "
+        f"the Kronecker products have {own:,}"
     )
+
+
+def check_fits(saved: SavedAdapter, format: Format = "lokr") -> None:
+    """Raise `AdapterFileError` if a format of other programs cannot hold what an adapter is, sums of products aside."""
+    config = saved.config
+    problem = ""
+    if config.modules_to_save:
+        problem = f"it holds whole modules ({', '.join(config.modules_to_save)}) beside its factors"
+    elif config.layout != "kron" and format != "lora":
+        problem = (
+            "its outputs are in the order of the paper authors' code, which LoKr does not have: merge it instead, or "
+            "write it as a LoRA"
+        )
     if problem:
-        raise AdapterFileError(f"This adapter cannot be written as LoKr: {problem}.")
+        raise AdapterFileError(
+            f"This adapter cannot be written as {'LoRA' if format == 'lora' else 'LoKr'}: {problem}."
+        )
 
 
-def _factors(
-    component: nn.Module, name: str, saved: SavedAdapter
-) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]:
+def _check_terms(layers: Mapping[str, NamedLayer]) -> None:
+    several = [name for name, layer in layers.items() if layer.update.num_terms > 1]
+    if several:
+        raise AdapterFileError(
+            f"{len(several)} layers of this adapter are sums of several products, such as {several[0]}, and LoKr holds "
+            "one: write it as a LoRA, which is exact (format 'lora', --to lora), or approximate it by one product "
+            "(diffusekrona convert --factors A1,A2)."
+        )
+
+
+def _factors(layer: NamedLayer, whole: bool) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]:
     """A, B (a convolution's with the kernel apart; or B1 and B2) and s of a layer."""
-    shapes = layer_shapes(saved.config, name, component.get_submodule(name))
-    kernel = (shapes.factors.b2, *shapes.kernel)
-    factors = {key: saved.tensors[factor_name(name, key)] for key in shapes.tensors}
-    last = factors["B" if "B" in factors else "B2"].reshape(-1, *kernel)
-    return factors["A"], last if "B" in factors else (factors["B1"], last), layer_alpha(saved.config, name)
+    update, kernel = layer.update, layer.kernel
+    if whole or update.b_parts is None:
+        return update.A, update.B.reshape(len(update.B), -1, *kernel), update.scale
+    left, right = update.b_parts
+    return update.A, (left, right.reshape(len(right), -1, *kernel)), update.scale
 
 
 def _header(
-    adapters: Mapping[str, SavedAdapter], components: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+    adapters: Mapping[str, SavedAdapter],
+    components: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    format: Format,
 ) -> dict[str, str]:
     """What kohya's scripts (`ss_…`) and Stability AI's modelspec write about an adapter, as far as it is known."""
     config = next(iter(adapters.values())).config
     arguments = {"algo": "lokr", "full_matrix": str(config.b_rank is None), "a1": str(config.a1), "a2": str(config.a2)}
     header = {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(config.b_rank or "Dynamic"),
-        "ss_network_alpha": str(config.b_rank or 1),
-        "ss_network_args": json.dumps(arguments, sort_keys=True),
         "sshs_model_hash": data_hash(tensors),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.prediction_type": "epsilon",
     }
+    if format != "lora":
+        header |= {
+            "ss_network_module": "lycoris.kohya",
+            "ss_network_dim": str(config.b_rank or "Dynamic"),
+            "ss_network_alpha": str(config.b_rank or 1),
+            "ss_network_args": json.dumps(arguments, sort_keys=True),
+        }
     denoiser: Any = next(iter(components.values()))
     of = getattr(denoiser, "config", None)
     known = _ARCHITECTURES.get((type(denoiser).__name__, getattr(of, "cross_attention_dim", None)))
+    if known in _PREDICT_NOISE:
+        header["modelspec.prediction_type"] = "epsilon"
     if known is not None:
         header["modelspec.architecture"], header["ss_base_model_version"] = f"{known[0]}/lora", known[1]
     base = getattr(of, "_name_or_path", None) or config.base_model_name_or_path

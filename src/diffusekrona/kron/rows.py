@@ -70,3 +70,38 @@ def _spread(A: Tensor, parts: int) -> Tensor:
     """A_r ⊗ e_p for each of the terms and parts: terms × parts × a1·parts × a2."""
     units = torch.eye(parts, dtype=A.dtype, device=A.device)
     return torch.einsum("rij,pq->rpiqj", A, units).flatten(2, 3)
+
+
+def joined(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum of products with fewer terms, where their bits show how: what `rows_of` and `among_rows` cut.
+
+    Terms of equal B are one; and terms of the same A for other parts of the rows are one with a larger B.
+
+    Args:
+        A: terms × a1 × a2.
+        B: terms × b1 × b2.
+    """
+    alike: list[tuple[Tensor, Tensor]] = []
+    for own_A, own_B in zip(A.unbind(), B.unbind(), strict=True):
+        same = next((n for n, (_, other) in enumerate(alike) if torch.equal(own_B, other)), None)
+        if same is None:
+            alike.append((own_A, own_B))
+        else:
+            alike[same] = (alike[same][0] + own_A, own_B)
+    parts = len(alike)
+    spread = [_unspread(own_A, parts) for own_A, _ in alike]
+    places = {place for found in spread if found is not None for place in [found[0]]}
+    first = spread[0]
+    if parts > 1 and first and len(places) == parts and all(s and torch.equal(s[1], first[1]) for s in spread):
+        ordered = sorted(range(parts), key=lambda n: spread[n][0])  # type: ignore[index]
+        return first[1].unsqueeze(0), torch.cat([alike[n][1] for n in ordered]).unsqueeze(0)
+    return torch.stack([own for own, _ in alike]), torch.stack([own for _, own in alike])
+
+
+def _unspread(A: Tensor, parts: int) -> tuple[int, Tensor] | None:
+    """p and the A of an A ⊗ e_p; None where it is no such product."""
+    if A.shape[0] % parts:
+        return None
+    rows = A.unflatten(0, (-1, parts))
+    there = [p for p in range(parts) if bool(rows[:, p].any())]
+    return (there[0], rows[:, there[0]]) if len(there) == 1 else None

@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-Format = Literal["krona", "lokr", "lokr-diffusers"]
-"""Ours; LoKr with the names of kohya's scripts, LyCORIS and ComfyUI; LoKr with the names of Diffusers."""
+Format = Literal["krona", "lokr", "lokr-diffusers", "comfyui", "kohya", "diffusers", "sdnext", "invokeai", "lora"]
+"""Ours; LoKr as the named program reads it, "lokr" for ComfyUI and "lokr-diffusers" for Diffusers; an exact LoRA."""

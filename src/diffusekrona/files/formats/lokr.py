@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from . import peft_configs
-from .updates import KroneckerUpdate, LayerTensors, flat, tucker
+from .updates import LARGEST_PRODUCT, KroneckerUpdate, LayerTensors, flat, tucker
 
 PARTS = {f".lokr_{part}": part for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 """End of a tensor's name → part."""
+
+LARGEST_W1 = 1 << 22
+"""Numbers of w1, the smaller factor, where it is a product."""
 
 
 def read(layer: LayerTensors) -> KroneckerUpdate:
@@ -48,27 +51,33 @@ def _factor(
     if core in layer.parts:
         a, b, t = layer.matrix(left), layer.matrix(right), layer.matrix(core, (3, 4, 5))
         layer.check(t.shape[:2] == (a.shape[0], b.shape[0]), core, left, right)
+        layer.check_product(a.shape[1], b.shape[1], *t.shape[2:])
         return tucker(t, a, b), b.shape[0], None
     a, b = layer.matrix(left), layer.matrix(right, dims)
     layer.check(a.shape[1] == b.shape[0], left, right)
+    layer.check_product(a.shape[0], *b.shape[1:], most=LARGEST_W1 if name == "w1" else LARGEST_PRODUCT)
     return (a @ flat(b)).reshape(a.shape[0], *b.shape[1:]), b.shape[0], (a, b)
 
 
-def tensors(layers: Mapping[str, tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]]) -> dict[str, Tensor]:
+def tensors(
+    layers: Mapping[str, tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]], rank_of_whole: int = 1
+) -> dict[str, Tensor]:
     """The tensors of a LoKr file: layer, in the naming of the programs it is for → A, B and s.
 
-    w1 is s·A, and alpha is the rank, or 1 for whole factors, which have none: so programs that divide alpha by the
-    rank and programs that ignore it find the same ΔW, and LyCORIS, which merges products with its scale squared, too.
+    w1 is s·A, and alpha is the rank, or for whole factors, which have none, the one that the header states: so
+    programs that divide alpha by the rank and programs that ignore it find the same ΔW, and LyCORIS, which merges
+    products with its scale squared, too.
     A B1·B2 whose rank is half of B's longer side or more is written as a whole, since LyCORIS and PEFT expect it so.
     All are fp32 and on the CPU.
 
     Args:
         layers: A, B and s of ΔW = s · A ⊗ B. A is a1 × a2; B is b1 × b2, or b1 × b2 × kernel for a convolution, or a
             product, B1 of b1 × r and B2 of r × b2, or r × b2 × kernel.
+        rank_of_whole: what the header has as the rank of all layers.
     """
     named: dict[str, Tensor] = {}
     for layer, (A, B, scale) in layers.items():
-        rank = 1
+        rank = rank_of_whole
         if isinstance(B, tuple):
             left, right = _stored(B[0]), _stored(B[1])
             if 2 * left.shape[1] < max(left.shape[0], right.shape[1]):

@@ -11,12 +11,15 @@ Scale      alpha / r with the layer's own `<layer>.alpha`; or as PEFT's config i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ...kron.shapes import terms_of
 from . import peft_configs, peft_modules
-from .updates import LayerTensors, Update, flat, tucker
+from .updates import KroneckerUpdate, LayerTensors, Update, flat, tucker
 
 PARTS = {
     ".lora_up.weight": "up",
@@ -62,6 +65,12 @@ class LoRA(Update):
     scale: float
     mid: Tensor | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """d × h, or d × h × kernel."""
+        inputs = self.down.shape[1:] if self.mid is None else (self.down.shape[1], *self.mid.shape[2:])
+        return torch.Size((self.up.shape[0], *inputs))
+
     def delta(self) -> Tensor:
         """ΔW, computed in fp32: d × h, or d × h × kernel."""
         up, down = flat(self.up.float()), self.down.float()
@@ -90,3 +99,66 @@ def read(layer: LayerTensors) -> Update:
     if "up_bias" in layer.parts:
         common["bias"] = scale * layer.parts["up_bias"].float().flatten()
     return LoRA(layer.parts["up"], layer.parts["down"], scale, layer.parts.get("mid"), kind="lora", **common)
+
+
+def exact(update: KroneckerUpdate, kernel: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """up (d × r) and down (r × h, or r × h × kernel) of the same ΔW, r the sum of rank(A)·rank(B) over its terms.
+
+    A ⊗ B with A = U·V and B = X·Y is (U ⊗ X)·(V ⊗ Y).
+
+    Args:
+        update: s · Σ A ⊗ B.
+        kernel: of a convolution, which B's columns carry.
+    """
+    ups, downs = [], []
+    for A, B in terms_of(update.scale * update.A, update.B):
+        (U, V), (X, Y) = _factored(A), update.b_parts or _factored(B)
+        up = torch.kron(U.contiguous(), X.contiguous())  # torch.kron cannot take every layout
+        if update.layout == "transposed":
+            up = up.view(len(A), len(B), -1).transpose(0, 1).flatten(0, 1)
+        ups.append(up)
+        taps = Y.reshape(len(Y), -1, *kernel)
+        downs.append(torch.einsum("ij,kl...->ikjl...", V, taps).flatten(2, 3).flatten(0, 1))
+    return torch.cat(ups, dim=1).contiguous(), torch.cat(downs).contiguous()
+
+
+def exact_rank(update: KroneckerUpdate) -> int:
+    """r of `exact`."""
+    if update.b_parts is not None:
+        return _rank(update.A) * len(update.b_parts[1])
+    return sum(_rank(A) * _rank(B) for A, B in terms_of(update.A, update.B))
+
+
+def _rank(M: Tensor) -> int:
+    return max(1, int(torch.linalg.matrix_rank(M.float())))
+
+
+def _factored(M: Tensor) -> tuple[Tensor, Tensor]:
+    """M = U·V, as thin as M's rank allows; without rounding where that is full."""
+    rank = _rank(M)
+    if rank == min(M.shape):
+        unit = torch.eye(rank, dtype=M.dtype)
+        return (M, unit) if M.shape[0] >= M.shape[1] else (unit, M)
+    left, values, right = torch.linalg.svd(M.double(), full_matrices=False)
+    roots = values[:rank].sqrt()
+    return (left[:, :rank] * roots).to(M.dtype), (roots.unsqueeze(1) * right[:rank]).to(M.dtype)
+
+
+def tensors(layers: Mapping[str, tuple[Tensor, Tensor]], kohya: bool) -> dict[str, Tensor]:
+    """The tensors of a LoRA file: layer → up and down of ΔW = up · down.
+
+    Args:
+        layers: by the names of the program that it is for.
+        kohya: `lora_up`, `lora_down` and an alpha; otherwise PEFT's `lora_B` and `lora_A`. The alpha is 1 and up is r
+            times as large, since Diffusers (0.42.1) gives a layer the scale of another where alphas differ.
+    """
+    named: dict[str, Tensor] = {}
+    for layer, (up, down) in layers.items():
+        if kohya:
+            wide = len(down) * up.reshape(*up.shape, *[1] * (down.dim() - 2))
+            named[f"{layer}.lora_up.weight"], named[f"{layer}.lora_down.weight"] = wide, down
+            named[f"{layer}.alpha"] = torch.tensor(1.0)
+        else:
+            named[f"{layer}.lora_A.weight"] = down
+            named[f"{layer}.lora_B.weight"] = up.reshape(*up.shape, *[1] * (down.dim() - 2))
+    return {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in named.items()}

@@ -86,10 +86,15 @@ class Layout:
     also: Mapping[str, Entry] = field(default_factory=dict)
     signs: tuple[str, ...] = ()
 
-    def parts(self, model: nn.Module) -> Iterator[tuple[str, tuple[Part, ...]]]:
-        """Each original layer of which the model has all modules: its name and its parts."""
+    def parts(self, model: nn.Module, also: bool = True) -> Iterator[tuple[str, tuple[Part, ...]]]:
+        """Each original layer of which the model has all modules: its name and its parts.
+
+        Args:
+            model: of this family.
+            also: with the further names that other programs have.
+        """
         modules = dict(model.named_modules())
-        for table in (self.table, self.also):
+        for table in (self.table, self.also) if also else (self.table,):
             for original, entry in table.items():
                 for name, filled in _filled(original, entry, modules):
                     parts = _parts(filled, modules)
