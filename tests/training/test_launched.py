@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,6 @@ FSDP = {
     "num_processes": 2,
     "num_machines": 1,
     "machine_rank": 0,
-    "main_process_port": 0,
     "fsdp_config": {
         "fsdp_version": 2,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -100,7 +100,9 @@ FSDP = {
 
 def launched(place: Path) -> subprocess.CompletedProcess[str]:
     """`diffusekrona train`, as a user would start it with accelerate's configuration of FSDP."""
-    (place / "fsdp.yaml").write_text(yaml.safe_dump(FSDP))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (place / "fsdp.yaml").write_text(yaml.safe_dump({**FSDP, "main_process_port": port}))
     (place / "settings.yaml").write_text(yaml.safe_dump(values(place, "toy")))
     command = ["-m", "accelerate.commands.launch", "--config_file", place / "fsdp.yaml", "-m", "diffusekrona.cli"]
     settings = ["train", "--config", place / "settings.yaml"]
