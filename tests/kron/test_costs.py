@@ -17,6 +17,9 @@ from diffusekrona.kron.products import kron_linear_a_first, kron_linear_b_first
 from diffusekrona.kron.shapes import FactorShapes, factor_shapes
 from tests.kron.test_shapes import adapted_by_peft, few, legal_layers, lokr_factors, quick
 
+NEW_TORCH = hasattr(torch.backends, "fp32_precision")
+"""Whether it is 2.9 or newer."""
+
 
 class Products(TorchDispatchMode):
     """Counts the elements that elementwise products make."""
@@ -116,6 +119,7 @@ def test_a_step_with_krona_takes_what_is_counted(shapes, tokens):
     layer = KronALayer(base)
     layer.update_layer("default", shapes.a1, shapes.a2)
     merged = costs.merging_pays(shapes, tokens)
+    assume(not merged or NEW_TORCH)  # before 2.9 it copied more
     predicted, counted = costs.krona_step(shapes, tokens, merged=merged), counted_step(layer, d, h, tokens)
     assert predicted.multiply_adds == counted.multiply_adds
     assert counted.elements - predicted.elements in (0, 2 * shapes.b1 * shapes.b2)  # B is copied where it is narrow

@@ -198,12 +198,17 @@ def test_the_weight_and_its_update_are_summed_only_for_many_tokens_in_full_preci
     assert not merges(torch.bfloat16)
 
 
+since_torch_2_9 = pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="torch has this setting since 2.9"
+)
+
+
 @pytest.mark.parametrize(
     "setting",
     [
         "torch.set_float32_matmul_precision('high')",
-        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        pytest.param("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", marks=since_torch_2_9),
+        pytest.param("torch.backends.cuda.matmul.fp32_precision = 'tf32'", marks=since_torch_2_9),
     ],
 )
 def test_nothing_is_summed_where_a_cpu_may_multiply_in_less_than_full_precision(setting):

@@ -88,8 +88,8 @@ _NAMINGS: dict[Program, dict[str, Naming | str]] = {
     "comfyui": {
         "unet": _KOHYA_DIFFUSERS,
         "sdxl": _KOHYA,
-        **dict.fromkeys(("sd3", "flux", "chroma", "flux2", "zimage", "pixart"), _NATIVE_OR_SINGLE),
-        **dict.fromkeys(("qwen-image", "krea2", "wan", "hidream", "lumina2", "hunyuan-video"), _NATIVE),
+        **dict.fromkeys(("sd3", "flux", "chroma", "flux2", "zimage", "krea2", "pixart"), _NATIVE_OR_SINGLE),
+        **dict.fromkeys(("qwen-image", "wan", "hidream", "lumina2", "hunyuan-video"), _NATIVE),
         **dict.fromkeys(("cosmos", "anima", "anima-text"), _NATIVE),
     },
     "kohya": {
