@@ -123,6 +123,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "product": {"b_rank": 1},
     "terms of products": {"num_terms": 2, "b_rank": 1},
     "scales": {"alpha": 0.5, "alpha_pattern": {"to_q|q_proj|lin0": -2.0}},
+    "terms of a layer's own": {"terms_pattern": {"to_q|q_proj|lin0": 3}},
 }
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -86,6 +86,21 @@ def test_each_layer_is_there_once_with_its_name_shapes_parameters_and_cost():
         }
 
 
+def test_a_layer_counts_as_many_terms_as_it_has():
+    model = attention(KronAConfig(a1=4, a2=2, num_terms=2, terms_pattern={"to_k": 3, "to_v": 1}, init_b="normal"))
+    report = krona_report(model)
+    assert {name: layer.update.num_terms for name, layer in by_name(report).items()} == {
+        "to_q": 2,
+        "to_k": 3,
+        "to_v": 1,
+        "to_out.0": 2,
+    }
+    assert report.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert by_name(report)["to_k"].parameters == 3 * (4 * 2 + 6 * 16)
+    for name, layer in krona_layers(model).items():
+        assert by_name(report)[name].rank == int(torch.linalg.matrix_rank(layer.get_delta_weight("default"), rtol=1e-5))
+
+
 def test_predicted_steps_are_the_times_of_all_layers_over_the_frozen_ones():
     report = krona_report(attention())
     costs = [layer.step_costs(77) for layer in report.layers]

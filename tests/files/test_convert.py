@@ -385,7 +385,9 @@ def test_models_with_layers_of_one_name_are_told_by_their_sizes_or_by_the_caller
         assert found[None] == (2048 if sizes["sdxl"] == sizes["sd15"] else width)
 
 
-@pytest.mark.parametrize(("target", "message"), [(None, "DoRA updates"), (Target((2, 2)), "has DoRA's magnitudes")])
+@pytest.mark.parametrize(
+    ("target", "message"), [(None, "DoRA updates"), (Target((2, 2)), "on the base's weights .DoRA's")]
+)
 def test_an_update_under_dora_is_refused_as_such(tmp_path, target, message):
     layer, file = f"unet.mid_block.{BLOCK}.attn1.to_q", tmp_path / "dora.safetensors"
     parts = {"lora_A.weight": (2, 1280), "lora_B.weight": (1280, 2), "lora_magnitude_vector": (1280,)}

@@ -62,7 +62,7 @@ def test_rank_norm_and_size_are_those_of_the_dense_update(tmp_path, kind, shapes
     assert found.kind == kind.split()[0] == layer.kind
     assert found.parameters == layer.parameters == sum(t.numel() for key, t in tensors.items() if "alpha" not in key)
     assert found.metadata == {"ss_steps": "10"}
-    assert ("exactly (diffusekrona convert)" in found.becomes[0]) == (found.kind == "lokr")
+    assert ("exactly (load_krona" in found.becomes[0]) == (found.kind == "lokr")
 
 
 @pytest.mark.parametrize("form", [{}, {"num_terms": 3}, {"b_rank": 1}, {"layout": "transposed"}])
@@ -93,7 +93,8 @@ def test_the_table_sums_up_layers_that_are_alike_and_spans_their_ranks_and_norms
     save_file(tensors, tmp_path / "x.safetensors")
     found = inspect_file(tmp_path / "x.safetensors")
     assert found.kind == "mixed"
-    assert found.becomes[0].startswith("KronA, LoKr: the nearest")
+    assert found.becomes[0] == "KronA, LoKr: exactly (load_krona, diffusekrona convert), 4 of 5 layers"
+    assert found.becomes[1].startswith("KronA, LoKr: the nearest")
     assert found.norm == pytest.approx((12 + 144 + 2 * 4 * (4 + 1 + 9)) ** 0.5)
     rows = {row[3]: row for row in zip(*(column._cells for column in found.table().columns), strict=True)}
     assert rows == {
@@ -148,7 +149,7 @@ def test_dora_can_only_be_merged(tmp_path):
 def test_an_adapter_with_whole_modules_becomes_nothing_else(tmp_path):
     unet = tiny_sd_pipeline().unet
     inject_krona(unet, KronAConfig(a1=4, a2=8, modules_to_save=["conv_out"]))
-    assert inspect_file(save_krona(unet, tmp_path / "a.safetensors")).becomes == ["KronA: exactly"]
+    assert inspect_file(save_krona(unet, tmp_path / "a.safetensors")).becomes == ["KronA: exactly (load_krona)"]
 
 
 @pytest.mark.parametrize("factors", [["A"], ["A", "B1"]])
@@ -160,10 +161,11 @@ def test_one_of_our_files_without_a_factor_is_an_error(tmp_path, factors):
         inspect_file(tmp_path / "x.safetensors")
 
 
-def test_what_is_no_adapter_is_an_error(tmp_path):
+def test_what_is_no_adapter_is_said_so_and_what_holds_nothing_is_an_error(tmp_path):
     save_file({"model.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
-    with pytest.raises(AdapterFileError, match="cannot be read here"):
-        inspect_file(tmp_path / "x.safetensors")
+    found = inspect_file(tmp_path / "x.safetensors")
+    assert (found.kind, found.layers, found.becomes) == ("none", [], [])
+    assert "cannot be read here" in found.unused[0]
     with pytest.raises(AdapterFileError):
         inspect_file(tmp_path / "nothing")
     header = json.dumps({"version": 1, "components": {"": KronAConfig(target_modules=["x"]).to_dict()}})

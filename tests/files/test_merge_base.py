@@ -18,7 +18,7 @@ from diffusekrona import KronAConfig, inject_krona, merge_file, save_krona, unlo
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.base import BaseModelError
 from diffusekrona.errors import AdapterFileError, MergeError
-from diffusekrona.files.layouts.names import original_unet_name
+from diffusekrona.files.layouts.unet import original_unet_name
 from diffusekrona.files.merge_base import checkpoint_layers, folder_components, merge_into_files
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -67,6 +67,33 @@ def test_a_folder_merged_from_a_half_precision_base_loads_without_a_dtype_and_dr
     assert merged("a toy", num_inference_steps=1).images[0].size == (32, 32)
     again = DiffusionPipeline.from_pretrained(tmp_path / "merged", dtype=dtype)
     assert again.unet.dtype == again.text_encoder.dtype == dtype
+
+
+def test_a_folder_gets_the_biases_that_merging_in_memory_gives(tmp_path, pipe):
+    encoder = pipe.text_encoder
+    layers = {
+        "unet.mid_block.attentions.0.proj_in.diff": torch.randn_like(pipe.unet.mid_block.attentions[0].proj_in.weight),
+        "unet.mid_block.attentions.0.proj_in.diff_b": torch.randn(128),
+        "unet.mid_block.attentions.0.transformer_blocks.0.norm1.w_norm": torch.randn(128),
+        "unet.mid_block.attentions.0.transformer_blocks.0.norm1.b_norm": torch.randn(128),
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.diff_b": torch.randn(128),
+    }
+    save_file(layers, tmp_path / "diffs.safetensors")
+    pipe.save_pretrained(tmp_path / "base")
+    assert merge_into_files(tmp_path / "base", tmp_path / "diffs.safetensors", tmp_path / "merged", 0.5) == 3
+    before = encoder.state_dict()["encoder.layers.0.mlp.fc1.bias"].clone()
+    assert merge_file(pipe, tmp_path / "diffs.safetensors", 0.5) == 3
+    assert not torch.equal(encoder.state_dict()["encoder.layers.0.mlp.fc1.bias"], before)
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    for part in ("unet", "text_encoder"):
+        found = getattr(merged, part).state_dict()
+        assert all(torch.equal(t, found[name]) for name, t in getattr(pipe, part).state_dict().items())
+    attention = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{attention}.diff_b": torch.ones(128)}, tmp_path / "diffs.safetensors")
+    with pytest.raises(BaseModelError, match=r"no safetensors weight or bias for 1 layers .*attn1\.to_q"):
+        merge_into_files(tmp_path / "base", tmp_path / "diffs.safetensors", tmp_path / "again")
+    with pytest.raises(AdapterFileError, match=r"attn1\.to_q is a Linear without a bias"):
+        merge_file(pipe, tmp_path / "diffs.safetensors")
 
 
 def test_weights_in_several_shards_are_all_merged(tmp_path, pipe):
@@ -162,6 +189,55 @@ def test_a_single_file_gets_the_updates_at_its_own_names_and_nothing_else_change
     with pytest.raises(BaseModelError, match="no weight for 1 layers"):
         merge_into_files(*paths, tmp_path / "again.safetensors")
     assert leftovers(tmp_path) == before
+
+
+# Key in the checkpoint → the size of each of its layers' biases, and the layers; one of them is not changed.
+BIASES = {
+    "sdxl": {
+        "model.diffusion_model.input_blocks.4.1.proj_in.bias": (640, [("unet", "down_blocks.1.attentions.0.proj_in")]),
+        f"{SDXL_2}.attn.in_proj_bias": (
+            1280,
+            [
+                ("text_encoder_2", "encoder.layers.0.self_attn.q_proj"),
+                None,
+                ("text_encoder_2", "encoder.layers.0.self_attn.v_proj"),
+            ],
+        ),
+        f"{SDXL_2}.mlp.c_fc.bias": (5120, [("text_encoder_2", "encoder.layers.0.mlp.fc1")]),
+        SDXL.replace("weight", "bias"): (768, [("text_encoder", "encoder.layers.0.self_attn.q_proj")]),
+    },
+    "sd15": {
+        "model.diffusion_model.input_blocks.4.1.norm.bias": (640, [("unet", "down_blocks.1.attentions.0.norm")]),
+        SD15.replace("weight", "bias"): (768, [("text_encoder", "encoder.layers.0.self_attn.q_proj")]),
+        "model.diffusion_model.out.2.bias": (4, [None]),
+    },
+}
+TELLS = {"sdxl": "conditioner.embedders.1.model.x", "sd15": SD15}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_a_single_file_gets_the_biases_at_its_own_names(tmp_path, name):
+    base, expected, diffs = {TELLS[name]: torch.zeros(1)}, {}, {}
+    for key, (size, places) in BIASES[name].items():
+        base[key] = torch.randn(size * len(places)).half()
+        expected[key] = base[key].clone()
+        for rows, place in zip(expected[key].split(size), places, strict=True):
+            if place is not None:
+                ending = "b_norm" if place[1].endswith("norm") else "diff_b"
+                diff = diffs[f"{'.'.join(place)}.{ending}"] = torch.randn(size)
+                rows.copy_((rows.float() + 0.5 * diff).half())
+    paths = tmp_path / "base.safetensors", tmp_path / "diffs.safetensors", tmp_path / "merged.safetensors"
+    save_file(base, paths[0])
+    save_file(diffs, paths[1])
+    assert merge_into_files(*paths, 0.5) == len(diffs)
+    merged = load_file(paths[2])
+    for key, tensor in expected.items():
+        assert torch.equal(merged[key], tensor), key
+        assert torch.equal(base[key], tensor) == (BIASES[name][key][1] == [None])
+    # An attention's projection to queries has no bias.
+    save_file({"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.diff_b": torch.ones(640)}, paths[1])
+    with pytest.raises(BaseModelError, match="no weight for 1 layers"):
+        merge_into_files(*paths[:2], tmp_path / "again.safetensors")
 
 
 def list_tensors_backwards(path: Path) -> None:

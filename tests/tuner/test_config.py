@@ -46,6 +46,13 @@ def wrong(field: str, values: list[object], text: str) -> Iterator[object]:
         ),
         *wrong("alpha_pattern", [None, 1.0, ["to_q"]], "must map regular expressions to values"),
         *wrong("alpha_pattern", [{key: 1.0} for key in NOT_A_REGEX], "not a regular expression"),
+        *wrong(
+            "terms_pattern",
+            [{"to_q": value} for value in (0, -1, 1.0, "2", True, None)],
+            r"terms_pattern\['to_q'\] must be a whole number of at least 1",
+        ),
+        *wrong("terms_pattern", [None, 2, ["to_q"]], "terms_pattern must map regular expressions to values"),
+        *wrong("terms_pattern", [{key: 2} for key in NOT_A_REGEX], "not a regular expression"),
         *wrong("dropout", ZERO_TO_ONE, "dropout must be at least 0 and below 1"),
         *wrong("init_a", NOT_AN_INIT, "init_a must be one of zeros, normal, normal_sqrt, kaiming_uniform, xavier"),
         *wrong("init_b", NOT_AN_INIT, "init_b must be one of zeros"),
@@ -170,6 +177,7 @@ def configs(draw: st.DrawFn) -> KronAConfig:
         exclude_modules=draw(st.none() | names | patterns),
         factor_pattern=draw(st.dictionaries(patterns, st.tuples(whole, whole), max_size=3)),
         alpha_pattern=draw(st.dictionaries(patterns, alphas, max_size=3)),
+        terms_pattern=draw(st.dictionaries(patterns, whole, max_size=3)),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         init_a=draw(inits),
         init_b=draw(inits | st.just("zeros")),
@@ -192,6 +200,7 @@ def test_a_saved_config_is_read_back_equal_and_saved_again_byte_for_byte(config,
     # The first pattern that matches counts, so their order matters, though dictionaries compare without it.
     assert list(read.factor_pattern) == list(config.factor_pattern)
     assert list(read.alpha_pattern) == list(config.alpha_pattern)
+    assert list(read.terms_pattern) == list(config.terms_pattern)
     read.save_pretrained(second)
     files = [(folder / "adapter_config.json").read_bytes() for folder in (first, second)]
     assert files[0] == files[1]
@@ -199,11 +208,16 @@ def test_a_saved_config_is_read_back_equal_and_saved_again_byte_for_byte(config,
 
 
 def test_patterns_keep_their_order_through_a_file_because_the_first_match_counts(tmp_path):
-    config = KronAConfig(factor_pattern={"to_q": (2, 2), ".*": (4, 4)}, alpha_pattern={"to_q": 2.0, ".*": 3.0})
+    config = KronAConfig(
+        factor_pattern={"to_q": (2, 2), ".*": (4, 4)},
+        alpha_pattern={"to_q": 2.0, ".*": 3.0},
+        terms_pattern={"to_q": 2, ".*": 3},
+    )
     config.save_pretrained(tmp_path)
     read = KronAConfig.from_pretrained(tmp_path)
     assert list(read.factor_pattern.items()) == [("to_q", (2, 2)), (".*", (4, 4))]
     assert list(read.alpha_pattern.items()) == [("to_q", 2.0), (".*", 3.0)]
+    assert list(read.terms_pattern.items()) == [("to_q", 2), (".*", 3)]
 
 
 @settings(deadline=None, max_examples=60)

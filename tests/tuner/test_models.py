@@ -298,6 +298,9 @@ FAMILIES = {
     "t5": Family(functools.partial(t5, "relu"), tokens, 8, r"\.DenseReluDense\.w[io]"),
     "t5-gated": Family(functools.partial(t5, "gated-gelu"), tokens, 8, r"\.DenseReluDense\.(wi_0|wi_1|wo)"),
 }  # fmt: skip
+OTHER_PROGRAMS = pytest.mark.filterwarnings(
+    "ignore:(Diffusers by itself refuses factors|Diffusers reads no LoKr of text|It is not known whether ComfyUI)"
+)
 FORMS = pytest.mark.parametrize(
     ("path", "form"),
     [
@@ -447,6 +450,7 @@ def test_outputs_and_gradients_are_those_of_the_products(family: Family) -> None
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in rest)
 
 
+@OTHER_PROGRAMS
 @FORMS
 @families
 def test_what_was_saved_loads_into_a_fresh_model(tmp_path: Path, family: Family, path: str, form: str) -> None:
@@ -487,6 +491,7 @@ PIPELINES = {
 }  # fmt: skip
 
 
+@OTHER_PROGRAMS
 @FORMS
 @pytest.mark.parametrize("parts", PIPELINES.values(), ids=PIPELINES)
 def test_a_pipeline_with_its_text_encoders(tmp_path: Path, parts: dict[str, str], path: str, form: str) -> None:

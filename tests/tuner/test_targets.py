@@ -15,12 +15,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona
+from diffusekrona import KronAConfig, inject_krona, load_krona, merge_krona, save_krona
 from diffusekrona.architectures import build
 from diffusekrona.errors import ConfigError
+from diffusekrona.kron.shapes import stacked
 from diffusekrona.tuner.injected import krona_layers
-from diffusekrona.tuner.targets import common_and_pattern, layer_factors, target_layers, target_only
-from tests.modules import network
+from diffusekrona.tuner.targets import common_and_pattern, layer_factors, layer_terms, target_layers, target_only
+from tests.modules import inputs, network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 ATTENTION = {"to_q", "to_k", "to_v", "to_out.0"}
@@ -250,3 +251,33 @@ def test_a_config_can_target_any_set_of_layers_and_no_other(paths, data):
     config = KronAConfig()
     target_only(config, model, chosen)
     assert set(target_layers(model, config)) == chosen
+
+
+def test_the_first_pattern_that_matches_says_how_many_terms_a_layer_has():
+    config = KronAConfig(num_terms=2, terms_pattern={"to_q": 3, r"blocks\.1\..*": 5})
+    assert [layer_terms(config, name) for name in ("blocks.1.to_q", "blocks.1.to_k", "blocks.0.to_k")] == [3, 5, 2]
+
+
+@pytest.mark.parametrize("form", ["dog", "dog.safetensors"])
+def test_terms_of_a_layers_own_are_saved_loaded_computed_and_merged(form, tmp_path):
+    trained = network()
+    config = KronAConfig(a1=2, a2=8, init_weights=False, terms_pattern={r"blocks\.1\.to_q": 3, "to_k": 2})
+    inject_krona(trained, config)
+    model = network()
+    load_krona(model, save_krona(trained, tmp_path / form))
+    layers = krona_layers(model)
+    assert {name: layer.shapes("default").num_terms for name, layer in layers.items() if "blocks.1" in name} == {
+        "blocks.1.to_q": 3,
+        "blocks.1.to_k": 2,
+        "blocks.1.to_v": 1,
+        "blocks.1.to_out.0": 1,
+    }
+    expected = network().double()
+    for name, layer in layers.items():
+        factors = (stacked(parameter.detach().double()) for parameter in layer.parameters_of("default").values())
+        expected.get_submodule(name).weight.data += sum(torch.kron(*term) for term in zip(*factors, strict=True))
+    found = [model(*inputs())]
+    merge_krona(model)
+    found.append(model(*inputs()))
+    for output in found:
+        torch.testing.assert_close(output.double(), expected(*inputs(torch.float64)), rtol=1e-4, atol=1e-4)

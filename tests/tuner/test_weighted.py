@@ -66,6 +66,24 @@ def test_a_weighted_sum_is_one_adapter_that_saves_and_loads(
     assert torch.equal(output(kind, loaded), output(kind, model))
 
 
+@kinds
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_adapters_with_terms_of_a_layers_own_have_sums(kind: Kind, combination: str, tmp_path: Path) -> None:
+    own = {"to_q|q_proj|lin0": 2}
+    model = kind.adapted("one", terms_pattern=own)
+    model.add_adapter("two", kind.config(num_terms=2, terms_pattern={"to_k|out_proj|down_proj|lin1_default": 1}))
+    most = None if combination == "cat" else 4
+    model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum", combination, num_terms=most)
+    config = model.peft_config["sum"]
+    assert (config.num_terms, config.terms_pattern) == (4, {})
+    for layer in krona_layers(model).values():
+        # Four terms are all that both have together, so the nearest is the exact sum, too.
+        expected = 0.5 * delta(layer, "one") - 2.0 * delta(layer, "two")
+        torch.testing.assert_close(delta(layer, "sum"), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert same_factors(PeftModel.from_pretrained(kind.base(), tmp_path / "sum", "sum"), model, "sum", "sum")
+
+
 def test_products_stay_products_in_a_sum_of_products_alone() -> None:
     model = CLIP.adapted("one", b_rank=1)
     model.add_adapter("two", CLIP.config(b_rank=2, num_terms=2))

@@ -169,17 +169,18 @@ def _foreign(files: Mapping[str, TensorFile], path: Path) -> Inspection:
         what, model = not_an_adapter(shapes)
         return Inspection("none", [], metadata, [], what, made_by(metadata, []), model, unused.reasons)
     kinds = {update.kind for update in updates.values()}
-    layers = []
+    layers, usable = [], []
     for name, update in updates.items():
         try:
             layers.append(_layer(name, update))
+            usable.append(update)
         except AdapterFileError as error:
             unused.add(str(error))
     return Inspection(
         kinds.pop() if len(kinds) == 1 else "mixed",
         layers,
         metadata,
-        _becomes(list(updates.values())),
+        _becomes(usable) if usable else [],
         naming_of(updates),
         made_by(metadata, list(updates)),
         made_for_model(updates),

@@ -6,6 +6,7 @@ Rows of LoRA and LoHa are rows of their left factors. Those of Kronecker product
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -48,9 +49,14 @@ class Assembled(Update):
     pieces: tuple[tuple[Update, Rows], ...]
     outputs: int
 
+    @property
+    def bias_only(self) -> bool:
+        """Whether the weight stays as it is."""
+        return not self._of_weight()
+
     def delta(self) -> Tensor:
         """ΔW in fp32."""
-        deltas = [(update.delta(), into) for update, into in self.pieces]
+        deltas = [(update.delta(), into) for update, into in self._of_weight()]
         whole = deltas[0][0].new_zeros(self.outputs, *deltas[0][0].shape[1:])
         for delta, (first, last) in deltas:
             whole[first:last] = delta
@@ -59,9 +65,12 @@ class Assembled(Update):
     def change(self, weight: Tensor) -> Tensor:
         """W' − W in fp32, of each piece by the rows that it goes into."""
         whole = torch.zeros_like(weight, dtype=torch.float32)
-        for update, (first, last) in self.pieces:
+        for update, (first, last) in self._of_weight():
             whole[first:last] = update.change(weight[first:last])
         return whole
+
+    def _of_weight(self) -> list[tuple[Update, Rows]]:
+        return [(update, into) for update, into in self.pieces if not update.bias_only]
 
 
 def cut(update: Update, rows: Rows, outputs: int) -> Update:
@@ -134,11 +143,10 @@ def assembled(pieces: Sequence[Piece], outputs: int) -> Update:
     ]
     if len(krona) == len(placed) and len({(u.A.shape[-1], u.B.shape[-1]) for u, _ in krona}) == 1:
         terms = [among_rows(stacked(u.scale * u.A), stacked(u.B), into[0], outputs) for u, into in krona]
-        least = min(B.shape[1] for _, B in terms)
-        if all(B.shape[1] % least == 0 for _, B in terms):
-            alike = [with_b_rows(A, B, least) for A, B in terms]
-            A, B = (torch.cat(factors) for factors in zip(*alike, strict=True))
-            return KroneckerUpdate(packed(A), packed(B), **together)  # type: ignore[arg-type]
+        common = math.gcd(*(B.shape[1] for _, B in terms))
+        alike = [with_b_rows(A, B, common) for A, B in terms]
+        A, B = (torch.cat(factors) for factors in zip(*alike, strict=True))
+        return KroneckerUpdate(packed(A), packed(B), **together)  # type: ignore[arg-type]
     return Assembled(tuple(placed), outputs, **together)  # type: ignore[arg-type]
 
 

@@ -74,10 +74,15 @@ def test_a_few_of_the_unknown_tensors_are_named() -> None:
         foreign.parse(unknown | {"y.diff": ONE}, source="dog")
 
 
-@pytest.mark.parametrize("key", ["x.krona_A", "x.diff_b", "x.lora_B.bias", "lokr_w1", "x.weight", ""])
+@pytest.mark.parametrize("key", ["x.krona_A", "x.bias", "lokr_w1", "x.weight", ""])
 def test_what_this_cannot_express_is_not_passed_over(key: str) -> None:
     with pytest.raises(AdapterFileError, match="of a kind that cannot be read here, 1 of 2"):
         foreign.parse({key: ONE, "y.diff": ONE})
+
+
+def test_a_bias_of_factors_is_nothing_without_them() -> None:
+    with pytest.raises(AdapterFileError, match="the layer x lacks up: it has only up_bias"):
+        foreign.parse({"x.lora_B.bias": torch.ones(2), "y.diff": ONE})
 
 
 def test_a_file_is_read_with_its_name_in_errors(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_every_field_of_a_config_is_kept(tmp_path: Path, form: str) -> None:
         exclude_modules=r".*time.*",
         factor_pattern={r"b.*": (1, 2), "a": (3, 1)},
         alpha_pattern={"to_v": 2.0, "to_q": 3.0},
+        terms_pattern={"to_v": 2, "to_q": 3},
         dropout=0.25,
         init_a="kaiming_uniform",
         init_b="xavier_uniform",
@@ -87,6 +88,7 @@ def test_every_field_of_a_config_is_kept(tmp_path: Path, form: str) -> None:
     assert config == saved.config
     assert list(config.factor_pattern.items()) == list(saved.config.factor_pattern.items())
     assert list(config.alpha_pattern.items()) == list(saved.config.alpha_pattern.items())
+    assert list(config.terms_pattern.items()) == list(saved.config.terms_pattern.items())
 
 
 def test_a_folder_has_pefts_layout_for_each_component(tmp_path: Path) -> None:

@@ -268,7 +268,10 @@ FAULTS: dict[str, tuple[str, Callable[[], dict[str, Tensor]]]] = {
     "empty": ("shape 0 × 2", lambda: {"w1": random(0, 2), "w2": random(2, 2)}),
     "NaN": ("NaN in w2", lambda: {"w1": random(2, 2), "w2": random(2, 2) / 0 * 0}),
     "infinity": ("infinity or a NaN in w1", lambda: {"w1": random(2, 2) / 0, "w2": random(2, 2)}),
-    "alpha NaN": ("NaN in alpha", lambda: {"w1": random(2, 2), "w2": random(2, 2), "alpha": torch.tensor(torch.nan)}),
+    "alpha NaN": (
+        "holds nan as its alpha",
+        lambda: {"w1": random(2, 2), "w2_a": random(2, 1), "w2_b": random(1, 2), "alpha": torch.tensor(torch.nan)},
+    ),
     "alpha of two": ("an alpha of shape 2", lambda: {"w1": random(2, 2), "w2": random(2, 2), "alpha": torch.ones(2)}),
     "integers": ("torch.int8", lambda: {"w1": random(2, 2), "w2": torch.ones(2, 2, dtype=torch.int8)}),
 }

@@ -52,6 +52,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 RANK = 2  # no third or quarter of it is whole, so no converter can take what is fused for block-diagonal
 COLUMNS = 3
 
+READ = {r"processor\.(qkv|proj)$": "the same layers by what foreign.parse leaves of their tensors' names"}
 NORMS = {r"norm": "the converter leaves out the norms"}
 IN_COMFYUI = r"_embedder\.(in|out)_layer|(time|guidance)_in\.(in|out)_layer|_attn\.|mlp\.[02]$|\.lin$|\.norm\."
 SWAP = "the converter does not swap shift and scale, as the one for checkpoints does"
@@ -102,7 +103,10 @@ CASES = {
         "flux",
         lora._convert_xlabs_flux_lora_to_diffusers,
         xlabs,
-        {r"^(?!.*processor)": "the converter knows XLabs' names only"},
+        {
+            r"^(?!.*processor)": "the converter knows XLabs' names only",
+            **READ,
+        },
     ),
     "chroma-kohya": Case(
         "chroma",
@@ -188,6 +192,7 @@ CASES = {
 }
 
 UNCONFIRMED = {
+    "flux": READ,
     "pixart": {r"": NO_CONVERTER["pixart"]},
     "sana": {
         r"t_conv|x_embedder": NO_CONVERTER["sana-video"],

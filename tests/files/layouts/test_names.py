@@ -22,14 +22,9 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from diffusekrona import KronAConfig, architectures, inject_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
-from diffusekrona.files.layouts.names import (
-    diffusers_name,
-    foreign_names,
-    kohya_name,
-    layer_names,
-    original_unet_name,
-    resolve,
-)
+from diffusekrona.files.layouts.layout import Part
+from diffusekrona.files.layouts.names import Target, diffusers_name, foreign_names, kohya_name, layer_names, resolve
+from diffusekrona.files.layouts.unet import original_unet_name
 from diffusekrona.files.read import opened
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -58,6 +53,11 @@ def components(pipe: Any) -> dict[str, nn.Module]:
 
 def every_layer(models: dict[str, nn.Module]) -> list[tuple[str, str]]:
     return [(part, name) for part, module in models.items() for name in adaptable(module)]
+
+
+def whole(component: str, module: str) -> Target:
+    """What a layer of a file stands for where it is one layer of the model, too."""
+    return Target(component, (Part(module),))
 
 
 # Against Diffusers' converters
@@ -119,16 +119,17 @@ def test_every_layer_is_found_under_every_name(architecture: str, rename: Callab
     model = unet(architecture)
     keys = {rename(model, name): name for name in layer_names(model)}
     assert len(keys) == len(layer_names(model))
-    assert resolve(keys, {"unet": model}) == {key: ("unet", name) for key, name in keys.items()}
-    assert resolve(keys, {"": model}) == {key: ("", name) for key, name in keys.items()}
+    assert resolve(keys, {"unet": model}) == {key: whole("unet", name) for key, name in keys.items()}
+    assert resolve(keys, {"": model}) == {key: whole("", name) for key, name in keys.items()}
 
 
 def test_the_attention_processors_of_older_diffusers_are_found() -> None:
     keys = [f"unet.{ATTENTION}.processor.{name}" for name in ("to_q", "to_k", "to_v", "to_out")]
     found = resolve(keys, {"unet": unet("sdxl")})
-    assert [name for _, name in found.values()] == [f"{ATTENTION}.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
+    layers = [f"{ATTENTION}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert list(found.values()) == [whole("unet", name) for name in layers]
     for key in (f"{ATTENTION}.processor.to_out", f"unet.{ATTENTION}.to_out", f"{ATTENTION}.to_out.0"):
-        assert resolve([key], {"unet": unet("sdxl")}) == {key: ("unet", f"{ATTENTION}.to_out.0")}
+        assert resolve([key], {"unet": unet("sdxl")}) == {key: whole("unet", f"{ATTENTION}.to_out.0")}
 
 
 @pytest.mark.parametrize("build", [tiny_sd_pipeline, tiny_sdxl_pipeline])
@@ -141,7 +142,7 @@ def test_a_file_under_these_names_loads_in_diffusers_own_pipelines(
     models = components(pipe)
     layers = [place for place in every_layer(models) if place[1] != "text_projection"]
     names = [naming(*place, models) for place in layers]
-    assert resolve(names, models) == dict(zip(names, layers, strict=True))
+    assert resolve(names, models) == {name: whole(*place) for name, place in zip(names, layers, strict=True)}
     parts = ("lora_up", "lora_down") if naming is kohya_name else ("lora_B", "lora_A")
     file = {}
     for number, (name, (part, layer)) in enumerate(zip(names, layers, strict=True)):
@@ -170,7 +171,7 @@ def test_a_file_that_diffusers_wrote_is_found(tmp_path: Path, build: Callable[[]
     updates = foreign.read(opened(tmp_path)[""])
     found = resolve(updates, models)
     assert set(found.values()) == {
-        (part, name) for part, name in every_layer_below_adapters(models) if name.endswith(tuple(targets))
+        whole(part, name) for part, name in every_layer_below_adapters(models) if name.endswith(tuple(targets))
     }
 
 
@@ -198,7 +199,7 @@ def test_kohyas_names_of_clip_layers_are_the_same_for_every_version_of_transform
     for part, own in zip(("text_encoder", "text_encoder_2"), mine, strict=True):
         keys = [f"{part}.{name}", f"{part}.text_model.{name}", f"{part}.text_model.{name.replace('q_proj', 'to_q')}"]
         for key in (*keys, f"lora_te{'2' if part[-1] == '2' else ''}_{kohya}"):
-            assert resolve([key], models) == {key: (part, own)}
+            assert resolve([key], models) == {key: whole(part, own)}
 
 
 def test_a_single_clip_model_is_a_text_encoder() -> None:
@@ -218,7 +219,7 @@ def test_t5_has_kohyas_third_prefix_even_as_the_second_encoder() -> None:
     flux = {"text_encoder": clip, "text_encoder_2": t5, "transformer": nn.Module()}
     key = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     assert kohya_name("text_encoder_2", name, flux) == key
-    assert resolve([key], flux) == {key: ("text_encoder_2", name)}
+    assert resolve([key], flux) == {key: whole("text_encoder_2", name)}
     assert kohya_name("text_encoder", "text_model.encoder.layers.0.mlp.fc1", flux).startswith("lora_te1_")
     assert kohya_name("text_encoder_3", name, {"text_encoder_3": t5}) == key
     assert diffusers_name("text_encoder_2", name, flux) == f"text_encoder_2.{name}"
@@ -249,7 +250,7 @@ def test_a_transformers_layers_go_by_its_own_names(component: str) -> None:
         lycoris = f"lycoris_{name}".replace(".", "_")
         keys = [kohya, dotted, name, f"diffusion_model.{name}", lycoris]
         for key in keys:
-            assert resolve([key], models) == {key: (component, name)}
+            assert resolve([key], models) == {key: whole(component, name)}
 
 
 def test_a_unet_without_attention_or_conditions_has_original_names_too() -> None:
@@ -270,9 +271,9 @@ def test_any_module_has_names() -> None:
     model = network()
     assert foreign_names("", model)["base_model.model.blocks.0.to_q"] == "blocks.0.to_q"
     assert resolve(["lycoris_blocks_1_to_out_0", "blocks.0.to_q", "norm"], {"": model}) == {
-        "lycoris_blocks_1_to_out_0": ("", "blocks.1.to_out.0"),
-        "blocks.0.to_q": ("", "blocks.0.to_q"),
-        "norm": ("", "norm"),
+        "lycoris_blocks_1_to_out_0": whole("", "blocks.1.to_out.0"),
+        "blocks.0.to_q": whole("", "blocks.0.to_q"),
+        "norm": whole("", "norm"),
     }
 
 
@@ -290,8 +291,9 @@ def test_adapters_around_a_layer_change_no_name() -> None:
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"]), adapter_name="lora")
     inject_krona(pipe, KronAConfig(a1=4, a2=8), "krona", text_encoders=True)
     assert {part: layer_names(module) for part, module in models.items()} == before
-    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert resolve([f"{key}.base_layer"], models) == {f"{key}.base_layer": ("unet", key.removeprefix("unet."))}
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    key = f"unet.{name}.base_layer"
+    assert resolve([key], models) == {key: whole("unet", name)}
 
 
 # What matches nothing, or too much
@@ -307,11 +309,11 @@ def test_adapters_around_a_layer_change_no_name() -> None:
         ("lora_unet_input_blocks_2_1_proj_in", r"made for the UNet of Stable Diffusion 1\.x or 2\.x"),
         ("lora_unet_output_blocks_11_1_proj_in", r"made for the UNet of Stable Diffusion 1\.x or 2\.x"),
         ("lora_te2_text_model_encoder_layers_31_mlp_fc1", "made for a pipeline with a second text encoder"),
-        ("lora_te_text_model_encoder_layers_31_mlp_fc1", "made for a pipeline with a CLIP text encoder"),
+        ("lora_te_text_model_encoder_layers_31_mlp_fc1", "made for a pipeline with a text encoder"),
         ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "made for a pipeline with a third text encoder"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", "made for Flux in its original layout"),
-        ("transformer.single_transformer_blocks.0.attn.to_q", "made for a Flux transformer"),
-        ("diffusion_model.joint_blocks.0.x_block.attn.qkv", "made for Stable Diffusion 3 in its original layout"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", "made for a transformer of FLUX' kind in its original layout"),
+        ("transformer.single_transformer_blocks.0.attn.to_q", "made for a transformer of FLUX' kind"),
+        ("diffusion_model.joint_blocks.0.x_block.attn.qkv", "made for Stable Diffusion 3"),
         ("transformer.transformer_blocks.11.attn.to_q", "made for a diffusion transformer"),
         ("unet.down_blocks.7.resnets.0.conv1", "made for a UNet"),
         ("something.else", r"for example something\.else\. Here there is unet \(UNet2DConditionModel\)"),

@@ -117,6 +117,7 @@ def parse(
     scales = from_header(metadata or {}, source, _common_rank(layers), reading.alpha_of_whole)
     if any("alpha" in layer.parts for _, _, layer in layers):
         scales = replace(scales, alpha=None)
+    scales.check([name for name, _, _ in layers])
     updates = {}
     for name, kind, layer in layers:
         try:
@@ -130,13 +131,18 @@ def parse(
 
 
 def _update(name: str, kind: str, layer: _Layer, scales: Scales, source: str) -> Update:
-    return _READERS[kind](LayerTensors(f"{source}: the layer {name}", name, layer.parts, scales))
+    update = _READERS[kind](LayerTensors(f"{source}: the layer {name}", name, layer.parts, scales))
+    update.check_size()
+    return update
 
 
 def _common_rank(layers: Iterable[tuple[str, str, _Layer]]) -> int | None:
     """The rank of all decomposed layers of LoKr; None if there are none, or of several ranks."""
     products = [
-        layer.parts[part].shape[0] for _, _, layer in layers for part in ("w1_b", "w2_b") if part in layer.parts
+        layer.parts[part].shape[0]
+        for _, kind, layer in layers
+        for part in ("w1_b", "w2_b")
+        if kind == "lokr" and part in layer.parts and layer.parts[part].dim()
     ]
     return products[0] if len(set(products)) == 1 else None
 

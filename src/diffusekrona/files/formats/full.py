@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...errors import AdapterFileError
@@ -31,6 +32,11 @@ class Full(Update):
     def bias_only(self) -> bool:
         """Whether the weight stays as it is."""
         return self.diff is None
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """The weight's; None where only the bias changes."""
+        return None if self.diff is None else self.diff.shape
 
     def delta(self) -> Tensor:
         """ΔW in fp32.

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, ConfigError
 from ...storage import TensorFile, safetensors_bytes, write_whole
 from ...tuner.config import KronAConfig, KronAPeftType
 from ...tuner.names import (
@@ -29,14 +29,18 @@ from ...tuner.names import (
     PEFT_PREFIX,
     TEXT_ENCODERS,
     in_component,
+    layer_of,
     unwrapped_name,
     without_component,
     without_peft_prefix,
 )
+from ...tuner.patterns import check_matching
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 HEADER = "krona"
+MOST_COMPONENTS = 100
+"""Of a pipeline, in a file's header."""
 _DIFFUSERS_HEADER = "lora_adapter_metadata"
 
 
@@ -123,7 +127,17 @@ def _adapters(file: TensorFile) -> dict[str, SavedAdapter]:
             raise AdapterFileError(f"{file.path} holds {key!r}, but its config names only {sorted(adapters)}.")
         name = unwrapped_name(without_peft_prefix(without_component(part, key)))
         adapters[part].tensors[name] = tensor
+    for saved in adapters.values():
+        _check_matching(saved)
     return adapters
+
+
+def _check_matching(saved: SavedAdapter) -> None:
+    config, names = saved.config, {layer_of(name) for name in saved.tensors}
+    try:
+        check_matching(names, endings=[*config.factor_pattern, *config.alpha_pattern, *config.terms_pattern])
+    except ConfigError as error:
+        raise AdapterFileError(f"{saved.source} holds a config that does not work: {error}") from error
 
 
 def _header_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, KronAConfig]:
@@ -136,6 +150,10 @@ def _header_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, KronAC
             )
         if not isinstance(components, dict) or not components:
             raise AdapterFileError(f"{path} has a `krona` header that names no components.")
+        if len(components) > MOST_COMPONENTS:
+            raise AdapterFileError(
+                f"{path} has a `krona` header for {len(components):,} components, and {MOST_COMPONENTS} is the most."
+            )
         return {part: _config(path, values) for part, values in components.items()}
     if _DIFFUSERS_HEADER in metadata:
         return {"": _config(path, _parse_json(path, metadata[_DIFFUSERS_HEADER]))}

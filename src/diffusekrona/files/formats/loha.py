@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import peft_configs
@@ -36,6 +37,13 @@ class LoHa(Update):
     w2_b: Tensor
     scale: float
     cores: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """d × h, d × (h·kernel), or with cores d × h × kernel."""
+        if self.cores is None:
+            return torch.Size((self.w1_a.shape[0], self.w1_b.shape[1]))
+        return torch.Size((self.w1_a.shape[1], self.w1_b.shape[1], *self.cores[0].shape[2:]))
 
     def delta(self) -> Tensor:
         """ΔW, computed in fp32: d × h, d × (h·kernel), or with cores d × h × kernel."""

@@ -52,11 +52,17 @@ def _factor(
         a, b, t = layer.matrix(left), layer.matrix(right), layer.matrix(core, (3, 4, 5))
         layer.check(t.shape[:2] == (a.shape[0], b.shape[0]), core, left, right)
         layer.check_product(a.shape[1], b.shape[1], *t.shape[2:])
-        return tucker(t, a, b), b.shape[0], None
+        return _finite(layer, name, tucker(t, a, b)), b.shape[0], None
     a, b = layer.matrix(left), layer.matrix(right, dims)
     layer.check(a.shape[1] == b.shape[0], left, right)
     layer.check_product(a.shape[0], *b.shape[1:], most=LARGEST_W1 if name == "w1" else LARGEST_PRODUCT)
-    return (a @ flat(b)).reshape(a.shape[0], *b.shape[1:]), b.shape[0], (a, b)
+    return _finite(layer, name, (a @ flat(b)).reshape(a.shape[0], *b.shape[1:])), b.shape[0], (a, b)
+
+
+def _finite(layer: LayerTensors, name: str, product: Tensor) -> Tensor:
+    if not bool(product.isfinite().all()):
+        raise layer.error(f"gives an infinity or a NaN in {name}: its training failed, or the file is damaged")
+    return product
 
 
 def tensors(

@@ -150,9 +150,15 @@ def rebased_lora(layer: LayerTensors, up: Tensor, down: Tensor) -> PeftUpdate:
         down: r × h.
 
     Raises:
-        AdapterFileError: PEFT does not take the config.
+        AdapterFileError: PEFT does not take the config, or there is more than two factors.
     """
     assert layer.scales is not None
+    beside = sorted(layer.parts.keys() - {"up", "down", "alpha"})
+    if beside:
+        raise layer.error(
+            f"was trained from PiSSA or OLoRA and holds {', '.join(beside)} beside its factors, which cannot be merged "
+            "here together: merge it with PEFT's merge_and_unload"
+        )
     name, settings = _settings(layer, "LORA")
     rank = down.shape[0]
     alpha = layer.scale(rank) * (math.sqrt(rank) if settings.get("use_rslora") else rank)

@@ -19,16 +19,18 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, ConfigError
 from ...tuner.names import without_component, without_peft_prefix
-from ...tuner.patterns import first_match
+from ...tuner.patterns import check_expressions, check_matching, first_match
 from ..unused import AlphaOfWhole
 
 HEADER = "lora_adapter_metadata"
+MOST_COMPONENTS = 100
+"""Of a pipeline, in a file's header."""
 
 _ALPHAS = ("alpha", "lora_alpha", "network_alpha")
 _RANKS = ("ss_network_dim", "network_dim", "lora_dim", "lora_rank", "rank", "dim", "r")
@@ -45,7 +47,7 @@ class Scales:
         alpha: of all layers, where no layer has a tensor of its own; None if the header has none.
         rank: of all layers, by the header, or of all layers that have one, by their tensors; None if it is not known.
         stabilised: whether scales are alpha / √r.
-        user_alpha: `ss_network_alpha`, what the user asked for.
+        user_alphas: `ss_network_alpha`, and `conv_alpha` of `ss_network_args`: what the user asked for.
         alpha_of_whole: what the alpha of two whole factors means.
     """
 
@@ -54,7 +56,7 @@ class Scales:
     alpha: float | None = None
     rank: float | None = None
     stabilised: bool = False
-    user_alpha: float | None = None
+    user_alphas: tuple[float, ...] = ()
     alpha_of_whole: AlphaOfWhole = "ignored"
     _disputed: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
@@ -80,7 +82,8 @@ class Scales:
                 return self._scale(alpha, rank, self.stabilised)
         if rank is None:
             return self._of_whole(layer, alpha)
-        return self._scale(alpha, rank, self._is_raw(layer, alpha, rank)) if alpha else 1.0
+        alpha = alpha or rank
+        return self._scale(alpha, rank, self._is_raw(layer, alpha, rank))
 
     def of_layer(self, layer: str) -> tuple[str, Mapping[str, Any]] | None:
         """A layer's name in its model and PEFT's config that is for it; None if there is none."""
@@ -88,6 +91,19 @@ class Scales:
             if layer.startswith(f"{part}.") or not part:
                 return without_peft_prefix(without_component(part, layer)), config
         return None
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise `AdapterFileError` if a config's patterns could take all too long to match these layers' names."""
+        for config in self.configs.values():
+            for field_name in ("alpha_pattern", "rank_pattern"):
+                patterns = config.get(field_name)
+                if not isinstance(patterns, Mapping):
+                    continue  # `of` says so, where it is asked
+                try:
+                    check_expressions(field_name, patterns)
+                    check_matching(names, endings=patterns)
+                except ConfigError as error:
+                    raise AdapterFileError(f"{self.source} has a config that does not work: {error}") from error
 
     def warn(self) -> None:
         """Say for which layers programs disagree about the scale, if there are any."""
@@ -118,14 +134,19 @@ class Scales:
         """Whether a layer's alpha has still to be divided by √r instead of r."""
         if not self.stabilised or rank == 1:
             return False
-        if self.user_alpha is not None:
-            user = self.user_alpha or rank
-            for raw, expected in ((True, user), (False, user * math.sqrt(rank))):
-                if math.isclose(alpha, expected, rel_tol=1e-2):
-                    return raw
+        found = {
+            raw
+            for user in self.user_alphas
+            for raw, expected in ((True, user or rank), (False, (user or rank) * math.sqrt(rank)))
+            if math.isclose(alpha, expected, rel_tol=1e-2)
+        }
+        if len(found) == 1:
+            return found.pop()
+        users = " or ".join(f"{user:g}" for user in self.user_alphas) or "not known"
         raise AdapterFileError(
-            f"{self.source} was trained with rs_lora, and the layer {layer} has alpha {alpha:g} at rank {rank}, which "
-            f"is neither ss_network_alpha ({self.user_alpha}) nor that times √{rank}: its scale is not known."
+            f"{self.source} was trained with rs_lora, and the layer {layer} has alpha {alpha:g} at rank {rank}. That "
+            f"should be the user's alpha ({users}) or √{rank} times as large, and does not tell which: its scale is "
+            "not known."
         )
 
     def _by_config(self, name: str, config: Mapping[str, Any], rank: int | None) -> float:
@@ -180,15 +201,16 @@ def from_header(
         AdapterFileError: an entry is not what it should be.
     """
     arguments = _arguments(metadata, source)
-    given = {name: _number(metadata, name, source) for name in (*_ALPHAS, *_RANKS, "ss_network_alpha")}
-    stated = next((given[name] for name in _RANKS if given[name]), None)
+    given = {name: _number(metadata, name, source) for name in (*_ALPHAS, *_RANKS)}
+    stated = next((one for name in _RANKS if (one := given[name]) and 0 < one < math.inf), None)
+    users = (_number(metadata, "ss_network_alpha", source), _number(arguments, "conv_alpha", source))
     return Scales(
         source,
         _configs(metadata, source) if metadata.get(HEADER) else {},
         alpha=next((given[name] for name in _ALPHAS if given[name] is not None), None),
         rank=stated or rank,
         stabilised=any(_is_true(where.get(name)) for name in _RSLORA for where in (arguments, metadata)),
-        user_alpha=given["ss_network_alpha"],
+        user_alphas=tuple(dict.fromkeys(alpha for alpha in users if alpha is not None)),
         alpha_of_whole=alpha_of_whole,
     )
 
@@ -205,6 +227,10 @@ def _configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, An
     for key, value in items:
         part, _, name = key.rpartition(".")
         configs.setdefault(part, {})[name] = value
+    if len(configs) > MOST_COMPONENTS:
+        raise AdapterFileError(
+            f"{source} has configs for {len(configs):,} components in its header, and {MOST_COMPONENTS} is the most."
+        )
     return configs
 
 
@@ -220,14 +246,14 @@ def _arguments(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _number(metadata: Mapping[str, str], name: str, source: str) -> float | None:
+def _number(metadata: Mapping[str, Any], name: str, source: str) -> float | None:
     text = metadata.get(name)
     if text is None or text in ("", "None", "null", "Dynamic"):
         return None
     try:
         return float(text)
-    except ValueError as error:
-        if name.startswith("ss_") or name in _RANKS:
+    except (TypeError, ValueError) as error:
+        if name not in _ALPHAS:
             return None
         raise AdapterFileError(
             f"{source} has {name} {text!r} in its header, which should be a number: the scale of its layers is not "

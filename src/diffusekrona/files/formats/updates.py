@@ -16,6 +16,12 @@ from ...kron.products import dense_update
 from ...kron.shapes import FactorShapes, Layout, stacked, terms_of
 from .scales import Scales
 
+LARGEST_UPDATE = 1 << 30
+"""Numbers of ΔW in one layer; the embeddings of a language model's 262,144 words have a billion."""
+
+LARGEST_PRODUCT = 1 << 27
+"""Numbers of a factor that the file holds as a product, which is built while it is read."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Update(ABC):
@@ -40,6 +46,19 @@ class Update(ABC):
         """Whether the weight stays as it is."""
         return False
 
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of ΔW as `delta` gives it; None where that depends on the weight."""
+        return None
+
+    def check_size(self) -> None:
+        """Raise `AdapterFileError` if ΔW is larger than any weight, though its factors are small."""
+        if self.shape is not None and self.shape.numel() > LARGEST_UPDATE:
+            raise AdapterFileError(
+                f"{self.where} is an update of {_by(self.shape)}, larger than any weight: the file is damaged, or made "
+                "to do harm."
+            )
+
     @abstractmethod
     def delta(self) -> Tensor:
         """ΔW in fp32 and before DoRA: d × h, or for a convolution d × h × kernel, which may be flat, d × (h·kernel)."""
@@ -53,13 +72,12 @@ class Update(ABC):
         Raises:
             AdapterFileError: the update was made for a weight of another shape.
         """
-        delta = self.delta().to(weight.device)
-        if not _fits(delta.shape, weight.shape):
+        if self.shape is not None and not _fits(self.shape, weight.shape):
             raise AdapterFileError(
-                f"{self.where} was made for a weight of {_by(delta.shape)}, but the one here is {_by(weight.shape)}; "
+                f"{self.where} was made for a weight of {_by(self.shape)}, but the one here is {_by(weight.shape)}; "
                 "the file is for another model."
             )
-        delta = delta.reshape(weight.shape)
+        delta = self.delta().to(weight.device).reshape(weight.shape)
         if self.dora_scale is None:
             return delta
         original = weight.detach().float()
@@ -110,6 +128,11 @@ class KroneckerUpdate(Update):
     def num_terms(self) -> int:
         """How many products are summed."""
         return len(stacked(self.A))
+
+    @property
+    def shape(self) -> torch.Size:
+        """d × h."""
+        return torch.Size((self.shapes.d, self.shapes.h))
 
     def delta(self) -> Tensor:
         """ΔW in fp32, d × h, a convolution's with the kernel in h."""
@@ -173,6 +196,14 @@ class LayerTensors:
             raise self.error(f"holds {part} of shape {_by(tensor.shape)}, where {wanted} dimensions are expected")
         return tensor.float().contiguous()
 
+    def check_product(self, *sizes: int, most: int = LARGEST_PRODUCT) -> None:
+        """Raise an error if a product of parts, small as they are, would be larger than any factor."""
+        if math.prod(sizes) > most:
+            raise self.error(
+                f"holds a product of {' × '.join(map(str, sizes))}, larger than any factor: the file is damaged, or "
+                "made to do harm"
+            )
+
     def scale(self, rank: int | None) -> float:
         """The factor of the update: alpha / rank, or what else the file's header says; see `scales`.
 
@@ -203,6 +234,7 @@ class LayerTensors:
         if "magnitude" in self.parts:
             # PEFT's has one entry per output, as a vector or, for a convolution, as 1 × d × 1 × 1.
             magnitude = self.parts["magnitude"].float()
+            self.check(magnitude.dim() > 0, "magnitude")
             return magnitude.unsqueeze(-1) if magnitude.dim() == 1 else magnitude.transpose(0, 1)
         scale = self.parts.get("dora_scale")
         return None if scale is None else scale.float()

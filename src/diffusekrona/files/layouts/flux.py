@@ -42,12 +42,16 @@ FLUX = Layout(
         "double_blocks.{}.processor.qkv_lora2": fused(f"{_DOUBLE}attn.", "add_q_proj", "add_k_proj", "add_v_proj"),
         "double_blocks.{}.processor.proj_lora1": f"{_DOUBLE}attn.to_out.0",
         "double_blocks.{}.processor.proj_lora2": f"{_DOUBLE}attn.to_add_out",
-        "single_blocks.{}.processor.qkv_lora": fused(f"{_SINGLE}attn.", "to_q", "to_k", "to_v"),
-        "single_blocks.{}.processor.proj_lora": f"{_SINGLE}proj_out",
+        # "qkv_lora.up.weight" may also be read as the layer "qkv" with the ending of older Diffusers.
+        **{
+            f"single_blocks.{{}}.processor.qkv{lora}": fused(f"{_SINGLE}attn.", "to_q", "to_k", "to_v")
+            for lora in ("", "_lora")
+        },
+        **{f"single_blocks.{{}}.processor.proj{lora}": f"{_SINGLE}proj_out" for lora in ("", "_lora")},
     },
     # Attention and MLPs by themselves could be FLUX.2's or Chroma's, or with underscores for dots HunyuanVideo's.
     signs=(
         r"single_blocks[._]\d+[._]modulation[._]lin(?![a-z])",
-        r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora",
+        r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)",
     ),
 )
