@@ -33,6 +33,7 @@ def no_recompiling() -> Any:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:It is not known whether ComfyUI")
 def test_a_lokr_file_takes_the_place_of_an_equal_adapter(tmp_path: Path) -> None:
     trained = network()
     for parameter in inject_krona(trained, KronAConfig(a1=2, a2=8)).parameters():

@@ -457,6 +457,8 @@ def test_what_was_saved_loads_into_a_fresh_model(tmp_path: Path, family: Family,
     model, fresh = build(family), build(family)
     fill(inject(model))
     expected = output(model, family)
+    # ComfyUI has no Sana, and no names for single projections of Lumina 2.
+    form = "diffusers" if form == "lokr" and type(model).__name__.startswith(("Sana", "Lumina2")) else form
     load_krona(fresh, save_krona(model, tmp_path / path, format=form))
     assert torch.equal(output(fresh, family), expected)
 
