@@ -24,7 +24,7 @@ from .formats.library import LibraryUpdate
 from .formats.loha import LoHa
 from .formats.lora import LoRA
 from .formats.updates import LARGEST_PRODUCT, KroneckerUpdate, Update, flat
-from .provenance import made_by, made_for_model, naming_of, not_an_adapter
+from .provenance import KNOWN_OTHERS, made_by, made_for_model, naming_of, not_an_adapter
 from .read import are_ours, has_delta, is_of_norm, krona_update, opened
 from .unused import Unused
 from .write import check_fits
@@ -102,7 +102,7 @@ class Inspection:
     @property
     def norm(self) -> float:
         """Of all updates together; NaN if some depend on the weight."""
-        return math.sqrt(math.fsum(layer.norm**2 for layer in self.layers))
+        return math.hypot(*(layer.norm for layer in self.layers))
 
     def table(self, every_layer: bool = False) -> Table:
         """The layers as a rich table, one row for each or for each kind of layer."""
@@ -167,7 +167,8 @@ def _foreign(files: Mapping[str, TensorFile], path: Path) -> Inspection:
     if not updates:
         shapes = {name: tuple(tensor.shape) for file in files.values() for name, tensor in file.tensors.items()}
         what, model = not_an_adapter(shapes)
-        return Inspection("none", [], metadata, [], what, made_by(metadata, []), model, unused.reasons)
+        damaged = [] if what.startswith(tuple(KNOWN_OTHERS)) else unused.reasons
+        return Inspection("none", [], metadata, [], what, made_by(metadata, []), model, damaged)
     kinds = {update.kind for update in updates.values()}
     layers, usable = [], []
     for name, update in updates.items():

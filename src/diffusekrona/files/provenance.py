@@ -46,11 +46,14 @@ _OTHER_FILES = {
     r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
     r"^(control_model\.|controlnet_|input_hint_block|control_add_embedding)": "a ControlNet",
     r"^(encoder|decoder)\.(down|up|mid|conv_in|mid_block|down_blocks|up_blocks)": "an autoencoder",
-    r"^(text_model|encoder\.block|model\.layers|shared)\b": "a text encoder",
+    r"^(text_model|encoder\.(block|layers)|embeddings\.token_embedding|model\.layers|shared)\b": "a text encoder",
     r"^(down_blocks|up_blocks|input_blocks|output_blocks|transformer_blocks|double_blocks|single_blocks|layers|blocks|"
     r"joint_blocks)\.": "a denoiser's weights",
 }
 """What a tensor's name has in it, most telling first → what a file is that holds no adapter."""
+
+
+KNOWN_OTHERS = tuple(_OTHER_FILES.values())
 
 
 def made_by(metadata: Mapping[str, str], layers: Collection[str]) -> str | None:
@@ -105,7 +108,8 @@ def not_an_adapter(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str | No
     )
     total = sum(math.prod(shape) for shape in shapes.values())
     layers = [name.rpartition(".")[0] for name in shapes]
-    return f"{what}: {len(shapes):,} tensors, {total:,} numbers", made_for(layers) if layers else None
+    has_denoiser = what in ("a whole checkpoint", "a denoiser's weights")
+    return f"{what}: {len(shapes):,} tensors, {total:,} numbers", made_for(layers) if has_denoiser else None
 
 
 def _json(text: str | None) -> dict[str, object]:

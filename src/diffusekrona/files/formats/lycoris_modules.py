@@ -220,7 +220,7 @@ def read_ia3(layer: LayerTensors) -> IA3:
     factors, switch = layer.matrix("weight", (1, 2, 3, 4, 5)), layer.parts["on_input"]
     layer.check(max(factors.shape) == factors.numel(), "weight")
     layer.check(switch.numel() == 1, "on_input")
-    return IA3({"weight": factors}, bool(switch), kind="ia3", **fields)
+    return IA3({"weight": factors}, bool(switch.double().any()), kind="ia3", **fields)
 
 
 def _constraint(layer: LayerTensors) -> float:

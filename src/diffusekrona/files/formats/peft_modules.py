@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ...errors import AdapterFileError
 from ...tuner.compat import BaseTunerLayer, block_diagonals, scales_inputs
 from ...tuner.names import PEFT_PREFIX
+from ...tuner.patterns import check_expressions, check_matching
 from .krona import CONFIG_NAME
 from .library import LibraryUpdate, by, common, layer_around
 from .updates import LayerTensors
@@ -47,6 +48,9 @@ OFT_PARTS = {
 BOFT_PARTS = {f".{part}{adapter}": part for part in ("boft_R", "boft_s") for adapter in ("", ".default")}
 IA3_PARTS = {".ia3_l": "ia3_l", ".ia3_l.default": "ia3_l"}
 """End of a tensor's name → part, as PEFT names it."""
+
+MOST_TERMS = 1000
+"""Of a Neumann series; five are usual, and each takes time."""
 
 _CONFIGS: dict[str, tuple[type[PeftConfig], tuple[str, ...]]] = {
     "OFT": (
@@ -258,7 +262,15 @@ def _config(layer: LayerTensors, name: str, method: str, settings: Mapping[str, 
     """PEFT's config for one layer."""
     kind, obeyed = _CONFIGS[method]
     chosen = {field: settings[field] for field in obeyed if field in settings}
+    terms, listed = chosen.get("num_cayley_neumann_terms", 1), chosen.get("feedforward_modules")
+    if not isinstance(terms, int) or not 1 <= terms <= MOST_TERMS:
+        raise layer.error(f"has a config with num_cayley_neumann_terms {terms!r}, which should be up to {MOST_TERMS}")
     try:
+        if isinstance(listed, str):
+            check_expressions("feedforward_modules", [listed], whole=True)
+            check_matching([name], whole=[listed])
+        elif method == "IA3" and not (isinstance(listed, list) and all(isinstance(one, str) for one in listed)):
+            raise TypeError(f"feedforward_modules should be a list of names, not {listed!r}")
         # As a regular expression: the names of a list would have to be among those of target_modules.
         return kind(target_modules=re.escape(name), inference_mode=True, **chosen, **further)
     except (TypeError, ValueError) as error:
