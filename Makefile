@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-newest lint docs bench base clean
+.PHONY: demo test test-oldest test-newest fuzz lint docs bench base clean
 
 demo: .venv/ready
 	$(BIN)/python -m research.demo
@@ -26,6 +26,12 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Ten minutes in all. Atheris has wheels for Linux and Python 3.11 to 3.13.
+fuzz: FUZZ_SECONDS ?= 50
+fuzz: .venv/ready
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt atheris
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

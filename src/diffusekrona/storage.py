@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike, fspath
@@ -21,6 +23,20 @@ from torch import Tensor
 
 from .errors import AdapterFileError
 
+LARGEST_HEADER = 32 << 20
+"""Bytes of a header that are read; a large model's or adapter's takes 5 MB. safetensors itself reads 100 MB."""
+
+MOST_TENSORS = 100_000
+"""Tensors in a file; a large model has 10,000."""
+
+LONGEST_NAME = 1024
+"""Characters of a tensor's name; a deep model's have 150."""
+
+MOST_DIMENSIONS = 8
+"""Of a tensor; a weight has 5 at most."""
+
+_LARGEST_SIZE = 2**63 - 1  # what torch can count
+_NO_NUMBERS = {"F4", "F6_E2M3", "F6_E3M2", "C64"}
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -36,9 +52,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata of a safetensors file. Nothing is unpickled.
 
     Raises:
-        AdapterFileError: the file is missing, unreadable, a pickle, truncated or corrupt.
+        AdapterFileError: the file is missing, unreadable, a pickle, truncated or corrupt; its header is beyond the
+            limits above, or names something twice; or it has tensors of a dtype without a way to float32.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            dtype = file.get_slice(name).get_dtype()
+            if dtype in _NO_NUMBERS:
+                raise AdapterFileError(
+                    f"{path} holds {name} as {dtype}, which cannot be read here; save it as F16 or F32."
+                )
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
@@ -46,33 +69,92 @@ def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
     """The names of a safetensors file's tensors, and its header metadata, without reading the tensors.
 
     Raises:
-        AdapterFileError: as in `read_safetensors`.
+        AdapterFileError: as in `read_safetensors`, dtypes aside.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         return list(file.keys()), dict(file.metadata() or {})
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened by safetensors after our own look at its header; nothing else has been read.
+
+    Raises:
+        AdapterFileError: as in `read_safetensors`, dtypes aside; and for what safetensors raises while it is open.
+    """
     if not path.is_file():
         raise AdapterFileError(f"{path} is not a file.")
     try:
-        with path.open("rb") as opened:
-            start = opened.read(4)
+        with path.open("rb") as raw:
+            start = raw.read(8)
+            size = int.from_bytes(start, "little")
+            too_large = LARGEST_HEADER < size <= os.fstat(raw.fileno()).st_size - 8
+            # A short file's header is whatever is there: safetensors says what is wrong with it.
+            text = b"" if too_large or len(start) < 8 else raw.read(min(size, LARGEST_HEADER))
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        # torch.save writes a zip archive; older files start with pickle's protocol mark.
-        if path.suffix in _PICKLE_SUFFIXES or start == b"PK\x03\x04" or start[:1] == b"\x80":
-            raise AdapterFileError(
-                f"{path} is a pickle, which can run code when it is read; save the adapter as safetensors."
-            ) from error
+    if too_large:
         raise AdapterFileError(
-            f"{path} is not a complete safetensors file ({error}); it may be truncated or damaged, so fetch it again."
-        ) from error
+            f"{path} has a header of {size:,} bytes, and headers of up to {LARGEST_HEADER:,} are read here; it is no "
+            "adapter or model, or was made to do harm."
+        )
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AdapterFileError(_not_whole(path, start, error)) from error
+    _check_header(text, path)
+    try:
+        with file:
+            yield file
+    except SafetensorError as error:
+        raise AdapterFileError(_not_whole(path, start, error)) from error
+
+
+def _not_whole(path: Path, start: bytes, error: Exception) -> str:
+    # torch.save writes a zip archive; older files start with pickle's protocol mark.
+    if path.suffix in _PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return f"{path} is a pickle, which can run code when it is read; save the adapter as safetensors."
+    return f"{path} is not a complete safetensors file ({error}); it may be truncated or damaged, so fetch it again."
+
+
+def _check_header(text: bytes, path: Path) -> None:
+    """Raise `AdapterFileError` for what safetensors takes in a header and the readers should not meet."""
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        tensors = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        problem = _problem(tensors)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        problem = str(error)
+    if problem:
+        raise AdapterFileError(
+            f"{path} has a header that is not read here: {problem}. The file is damaged or made to do harm."
+        )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"it names {_short(twice)} twice")
+    return found
+
+
+def _problem(shapes: Mapping[str, list[int]]) -> str:
+    if len(shapes) > MOST_TENSORS:
+        return f"it names {len(shapes):,} tensors, and {MOST_TENSORS:,} is the most"
+    for name, shape in shapes.items():
+        if len(name) > LONGEST_NAME:
+            return f"the name {_short(name)} has {len(name):,} characters, and {LONGEST_NAME:,} is the most"
+        if len(shape) > MOST_DIMENSIONS:
+            return f"{_short(name)} has {len(shape):,} dimensions, and {MOST_DIMENSIONS} is the most"
+        if math.prod(size for size in shape if size) > _LARGEST_SIZE:
+            return f"{_short(name)} has the shape {shape}, whose sizes are too large"
+    return ""
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else f"{name[:100]}…")
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

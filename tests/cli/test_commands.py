@@ -320,7 +320,7 @@ def test_inspect_says_what_a_file_is_and_what_it_can_become(adapter, tmp_path, b
 
 
 def test_convert_says_whether_it_was_exact_and_how_near_it_came(adapter, tmp_path, base):
-    text = run("convert", adapter, tmp_path / "lokr.safetensors", "--to", "lokr-diffusers", "--model", base).stdout
+    text = run("convert", adapter, tmp_path / "lokr.safetensors", "--to", "lokr", "--model", base).stdout
     assert "exactly the same updates" in text
     text = run("convert", adapter, tmp_path / "small", "--model", base, "--budget", 0.9).stdout
     assert re.search(r"relative error 0\.\d+", text)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, load_krona, merge_file, save_krona
 from diffusekrona.errors import AdapterFileError, KronAError
+from diffusekrona.files.formats import foreign
 from diffusekrona.files.formats.krona import header_of
 from diffusekrona.files.formats.scales import HEADER as PEFT_HEADER
 from diffusekrona.files.inspect import inspect_file
@@ -377,3 +378,65 @@ def test_numbers_out_of_range_are_named(tmp_path: Path, kind: str) -> None:
     }[kind]
     save_file(tensors, tmp_path / "x.safetensors", header)
     assert re.search(r"the layer x .*an infinity or a NaN", refusal(inspect_file, tmp_path / "x.safetensors"))
+
+
+def test_a_scale_beyond_64_bits_and_norms_beyond_float64_are_numbers(tmp_path: Path) -> None:
+    found = inspect_file(krona_file(tmp_path / "x.safetensors", alpha=10**200))
+    assert found.norm == pytest.approx(10**200 * (16 * 36) ** 0.5)
+    with pytest.raises(KronAError, match="would hold an infinity"):
+        merge_file(network(), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.int64, torch.bool, torch.float16])
+def test_a_switch_of_any_dtype_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    switch = torch.full((1,), 2**63 if dtype == torch.uint64 else 1, dtype=dtype)
+    save_file({"proj_in.weight": torch.ones(24), "proj_in.on_input": switch}, tmp_path / "x.safetensors")
+    assert inspect_file(tmp_path / "x.safetensors").layers[0].kind == "ia3"
+
+
+def peft_file(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    path.write_bytes(
+        save({f"base_model.model.{DEEP}.{key}": t for key, t in tensors.items()}, {PEFT_HEADER: json.dumps(config)})
+    )
+    return path
+
+
+@pytest.mark.parametrize("modules", [None, "(", "(.+)+,", [1], 3])
+def test_names_of_pefts_that_are_no_names_are_refused(tmp_path: Path, modules: Any) -> None:
+    path = peft_file(
+        tmp_path / "x.safetensors", {"ia3_l": torch.ones(24, 1)}, peft_type="IA3", feedforward_modules=modules
+    )
+    with pytest.raises(AdapterFileError, match="has a config that PEFT does not take"):
+        merge_file(deep(), path)
+
+
+def test_a_series_of_very_many_terms_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "OFT", "peft_version": "0.21.0", "oft_block_size": 4, "r": 0}
+    path = peft_file(
+        tmp_path / "x.safetensors", {"oft_R.weight": torch.ones(6, 6)}, num_cayley_neumann_terms=10**15, **config
+    )
+    with pytest.raises(AdapterFileError, match="1000000000000000 terms of a series"):
+        merge_file(deep(), path)
+
+
+def test_a_rank_that_is_no_dimension_is_named(tmp_path: Path) -> None:
+    parts = {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(2, 2), "lokr_w2_b": torch.tensor(1.0)}
+    save_file({f"x.{part}": tensor for part, tensor in parts.items()}, tmp_path / "x.safetensors")
+    assert "holds w2_b of shape a single number" in refusal(inspect_file, tmp_path / "x.safetensors")
+    parts = {
+        "lora_A.weight": torch.ones(1, 4),
+        "lora_B.weight": torch.ones(4, 1),
+        "lora_magnitude_vector": torch.tensor(1.0),
+    }
+    save_file({f"x.{part}": tensor for part, tensor in parts.items()}, tmp_path / "x.safetensors")
+    assert "holds magnitude of a single number" in refusal(inspect_file, tmp_path / "x.safetensors")
+
+
+def test_products_that_are_too_large_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"lokr_w1": torch.ones(1, 1), "lokr_w2_a": torch.ones(100, 1), "lokr_w2_b": torch.ones(1, 100)}
+    save_file({f"{i}.{part}": t.clone() for i in range(3) for part, t in parts.items()}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_001)
+    assert len(inspect_file(tmp_path / "x.safetensors").layers) == 3
+    monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_001 - 1)
+    with pytest.raises(AdapterFileError, match="take more than 30,002 numbers together"):
+        inspect_file(tmp_path / "x.safetensors")

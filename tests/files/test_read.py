@@ -136,6 +136,7 @@ OPENED: list[str] = []
 sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
 
 
+@pytest.mark.filterwarnings("ignore:It is not known whether ComfyUI finds")
 @pytest.mark.parametrize("name", ["dog", "dog.safetensors", "dog-lokr.safetensors"])
 def test_an_adapter_is_opened_once_and_nothing_is_drawn_at_random(name: str, tmp_path: Path) -> None:
     trained, path = network(), tmp_path / name

@@ -113,7 +113,7 @@ def test_a_fused_models_adapter_is_written_under_the_names_of_its_projections(tm
     model = transformers.flux2()
     model.fuse_qkv_projections()
     trained(model, a1=3, a2=3, target_modules=["to_qkv"])
-    save_krona(model, tmp_path / "dog.safetensors", format="diffusers")
+    save_krona(model, tmp_path / "dog.safetensors", format="sdnext")
     found = merged(transformers.flux2(), tmp_path / "dog.safetensors")
     (whole,) = deltas(model).values()
     assert torch.equal(torch.cat([found[f"transformer_blocks.0.attn.to_{x}"] for x in "qkv"]), whole)

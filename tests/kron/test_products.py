@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusekrona import kron_linear
 from diffusekrona.kron.costs import krona_multiply_adds
-from diffusekrona.kron.products import KronRows, kron_linear_a_first, kron_linear_b_first
-from diffusekrona.kron.shapes import FactorShapes
+from diffusekrona.kron.products import KronRows, dense_update, kron_linear_a_first, kron_linear_b_first
+from diffusekrona.kron.shapes import FactorShapes, Layout
 from tests.tensors import (
     LargestTensor,
     assert_all_close,
@@ -186,3 +186,16 @@ def test_neither_direction_ever_builds_the_dense_product(product, shapes, lead):
     with LargestTensor() as dense:
         outputs_and_gradients(reference, inputs, output_gradient)
     assert dense.elements >= shapes.d * shapes.h
+
+
+@pytest.mark.parametrize("layout", ["kron", "transposed"])
+def test_a_dense_update_takes_factors_of_one_row_or_column_however_they_lie_in_memory(layout: Layout) -> None:
+    """torch.kron raises for some of them."""
+    makes = [(torch.randn(1, n) if turned else torch.randn(n, 1)) for n in (1, 5) for turned in (False, True)]
+    factors = [f for made in makes for f in (made, made.T)] + [torch.randn(3, 4), torch.randn(3, 4).T]
+    for A in factors:
+        for B in factors:
+            expected = torch.kron(torch.empty(A.shape).copy_(A), torch.empty(B.shape).copy_(B))
+            if layout == "transposed":
+                expected = expected.view(len(A), len(B), -1).transpose(0, 1).reshape(len(expected), -1)
+            assert torch.equal(dense_update([(A, B)], layout), expected)

@@ -96,9 +96,9 @@ def kron_conv2d(
 
 def dense_update(terms: Iterable[tuple[Tensor, Tensor]], layout: Layout = "kron") -> Tensor:
     """Σ A ⊗ B as a matrix, its rows in the layout's order: what everything else here avoids to build."""
-    # torch.kron refuses some factors that are not contiguous.
-    pairs = [(A.contiguous(), B.contiguous()) for A, B in terms]
-    delta = sum_of(torch.kron(A, B) for A, B in pairs)
+    pairs = list(terms)
+    # torch.kron refuses some factors that have one column only, by their strides.
+    delta = sum_of((A[:, None, :, None] * B[None, :, None, :]).flatten(2).flatten(0, 1) for A, B in pairs)
     if layout == "kron":
         return delta
     a1, b1 = len(pairs[0][0]), len(pairs[0][1])

@@ -189,7 +189,7 @@ def _names(field_name: str, value: Iterable[str] | str | None) -> set[str] | str
         return None
     if isinstance(value, str):
         if value not in PRESETS:
-            check_expressions(field_name, [value])
+            check_expressions(field_name, [value], whole=True)
         return value
     return set(_name_list(field_name, value))
 

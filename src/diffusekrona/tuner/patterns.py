@@ -41,16 +41,22 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def check_expressions(field: str, expressions: Collection[str]) -> None:
-    """Raise `ConfigError` for what is no regular expression, or for more of them than a config can have a use for."""
+def check_expressions(field: str, expressions: Collection[str], whole: bool = False) -> None:
+    """Raise `ConfigError` for what is no regular expression, or for more of them than a config can have a use for.
+
+    Args:
+        field: of the config.
+        expressions: its patterns.
+        whole: whether they have to match whole names, as they are; PEFT puts others into an expression of its own.
+    """
     length = sum(map(len, expressions))
     if length > LONGEST_PATTERNS:
         raise ConfigError(f"{field} has {length:,} characters of patterns, and {LONGEST_PATTERNS:,} is the most.")
     for expression in expressions:
         try:
             re.compile(expression)
-            # PEFT puts it into another one, which cannot hold what must come first, and has a group of this name.
-            re.compile(rf"(.*\.)?({expression})$(?P<idx>)")
+            if not whole:  # a flag would have to come first, and the name of a group may be taken
+                re.compile(rf"(.*\.)?({expression})$(?P<idx>)")
         except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{field} has {_short(expression)}, which is not a regular expression that can be used: {error}."

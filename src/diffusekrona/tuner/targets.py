@@ -163,7 +163,7 @@ def layer_factors(config: KronAConfig, layer_name: str) -> tuple[int, int]:
 
 def layer_alpha(config: KronAConfig, layer_name: str) -> float:
     """Alpha of a layer: the first match in `alpha_pattern`, else the config's own."""
-    return config.alpha_pattern.get(first_match(config.alpha_pattern, layer_name), config.alpha)
+    return float(config.alpha_pattern.get(first_match(config.alpha_pattern, layer_name), config.alpha))
 
 
 def layer_terms(config: KronAConfig, layer_name: str) -> int:

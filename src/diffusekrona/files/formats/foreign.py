@@ -18,7 +18,10 @@ from ..unused import STRICT, Reading, Unused, few
 from . import full, loha, lokr, lora, lycoris_modules, peft_modules, reference
 from .krona import CONFIG_NAME, WEIGHTS_NAME
 from .scales import HEADER, Scales, from_header
-from .updates import LayerTensors, Update
+from .updates import KroneckerUpdate, LayerTensors, Update
+
+LARGEST_FACTORS = 1 << 31
+"""Numbers of all Kronecker factors of a file, built where it holds products."""
 
 _PROCESSOR = "processor"
 _LYCORIS_IA3 = "ia3 of LyCORIS"
@@ -118,12 +121,19 @@ def parse(
     if any("alpha" in layer.parts for _, _, layer in layers):
         scales = replace(scales, alpha=None)
     scales.check([name for name, _, _ in layers])
-    updates = {}
+    updates, built = {}, 0
     for name, kind, layer in layers:
         try:
-            updates[name] = _update(name, kind, layer, scales, source)
+            update = updates[name] = _update(name, kind, layer, scales, source)
         except AdapterFileError as error:
             not_used.add(str(error))
+            continue
+        built += update.A.numel() + update.B.numel() if isinstance(update, KroneckerUpdate) else 0
+        if built > LARGEST_FACTORS:
+            raise AdapterFileError(
+                f"{source} holds small factors of products that take more than {LARGEST_FACTORS:,} numbers together, "
+                "more than any model's: the file is damaged, or made to do harm."
+            )
     scales.warn()
     if unused is None:
         not_used.report(len(updates))

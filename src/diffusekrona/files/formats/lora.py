@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kron.products import dense_update
 from ...kron.shapes import terms_of
 from . import peft_configs, peft_modules
 from .updates import KroneckerUpdate, LayerTensors, Update, flat, tucker
@@ -113,10 +114,7 @@ def exact(update: KroneckerUpdate, kernel: tuple[int, ...] = ()) -> tuple[Tensor
     ups, downs = [], []
     for A, B in terms_of(update.scale * update.A, update.B):
         (U, V), (X, Y) = _factored(A), update.b_parts or _factored(B)
-        up = torch.kron(U.contiguous(), X.contiguous())  # torch.kron cannot take every layout
-        if update.layout == "transposed":
-            up = up.view(len(A), len(B), -1).transpose(0, 1).flatten(0, 1)
-        ups.append(up)
+        ups.append(dense_update([(U, X)], update.layout))
         taps = Y.reshape(len(Y), -1, *kernel)
         downs.append(torch.einsum("ij,kl...->ikjl...", V, taps).flatten(2, 3).flatten(0, 1))
     return torch.cat(ups, dim=1).contiguous(), torch.cat(downs).contiguous()

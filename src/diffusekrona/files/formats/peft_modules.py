@@ -263,8 +263,8 @@ def _config(layer: LayerTensors, name: str, method: str, settings: Mapping[str, 
     kind, obeyed = _CONFIGS[method]
     chosen = {field: settings[field] for field in obeyed if field in settings}
     terms, listed = chosen.get("num_cayley_neumann_terms", 1), chosen.get("feedforward_modules")
-    if not isinstance(terms, int) or not 1 <= terms <= MOST_TERMS:
-        raise layer.error(f"has a config with num_cayley_neumann_terms {terms!r}, which should be up to {MOST_TERMS}")
+    if isinstance(terms, (int, float)) and not terms <= MOST_TERMS:
+        raise layer.error(f"has a config with {terms} terms of a series (num_cayley_neumann_terms), and 5 are usual")
     try:
         if isinstance(listed, str):
             check_expressions("feedforward_modules", [listed], whole=True)
