@@ -440,3 +440,13 @@ def test_products_that_are_too_large_together_are_refused(tmp_path: Path, monkey
     monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_001 - 1)
     with pytest.raises(AdapterFileError, match="take more than 30,002 numbers together"):
         inspect_file(tmp_path / "x.safetensors")
+
+
+def test_a_product_without_rank_beside_whole_factors_is_named(tmp_path: Path) -> None:
+    """The fuzzer's: the rank of all products, by which the alpha of whole factors is looked at, was 0."""
+    tensors = {"x.lokr_w1": torch.ones(2, 2), "x.lokr_w2": torch.ones(2, 2), "x.alpha": torch.tensor(1.0)}
+    tensors |= {"y.lokr_w1": torch.ones(2, 2), "y.lokr_w2_a": torch.ones(2, 0), "y.lokr_w2_b": torch.ones(0, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = inspect_file(tmp_path / "x.safetensors")
+    assert [layer.name for layer in found.layers] == ["x"]
+    assert "the layer y holds w2_a of shape 2 × 0" in found.unused[0]

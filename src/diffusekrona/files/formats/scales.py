@@ -120,9 +120,9 @@ class Scales:
         )
 
     def _of_whole(self, layer: str, alpha: float) -> float:
-        if self.rank is None or not math.isfinite(alpha) or not alpha or alpha == self.rank:
+        if not self.rank or not math.isfinite(alpha) or not alpha or alpha == self.rank:
             return 1.0
-        scale = alpha / self.rank
+        scale = self._scale(alpha, self.rank, stabilised=False)
         if self.stabilised and math.isclose(scale, math.sqrt(self.rank), rel_tol=1e-2):
             return math.sqrt(self.rank)
         if self.alpha_of_whole == "applied":
