@@ -18,7 +18,7 @@ from diffusekrona import KronAConfig, inject_krona, merge_file, save_krona, unlo
 from diffusekrona.architectures import build_pipeline
 from diffusekrona.base import BaseModelError
 from diffusekrona.errors import AdapterFileError, MergeError
-from diffusekrona.files.layouts.unet import original_unet_name
+from diffusekrona.files.layouts.unet import original_names
 from diffusekrona.files.merge_base import checkpoint_layers, folder_components, merge_into_files
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -253,7 +253,8 @@ def list_tensors_backwards(path: Path) -> None:
 def test_names_in_single_files_are_those_that_diffusers_converts(name):
     components = build_pipeline(name)
     unet = components["unet"]
-    names = {own: n for n, m in unet.named_modules() if hasattr(m, "weight") and (own := original_unet_name(unet, n))}
+    layers = [name for name, module in unet.named_modules() if hasattr(module, "weight")]
+    names = {own: name for name, own in original_names(unet, layers).items()}
     marked = {f"model.diffusion_model.{own}.weight": torch.tensor(float(i)) for i, own in enumerate(names)}
     marked |= {key.replace(".weight", ".bias"): value for key, value in marked.items()}
     converted = convert_ldm_unet_checkpoint(dict(marked), dict(unet.config))

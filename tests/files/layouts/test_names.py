@@ -23,11 +23,31 @@ from diffusekrona import KronAConfig, architectures, inject_krona
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
 from diffusekrona.files.layouts.layout import Part
-from diffusekrona.files.layouts.names import Target, diffusers_name, foreign_names, kohya_name, layer_names, resolve
-from diffusekrona.files.layouts.unet import original_unet_name
+from diffusekrona.files.layouts.names import Target, foreign_names, layer_names, resolve
+from diffusekrona.files.layouts.programs import layer_name, naming, original_layers
+from diffusekrona.files.layouts.unet import original_names
 from diffusekrona.files.read import opened
 from tests.modules import network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
+
+
+def original_unet_name(model, name):
+    return original_names(model, [name]).get(name)
+
+
+def named_for(program, component, name, models):
+    """A layer's name in a program's file."""
+    model = models[component]
+    return layer_name(naming(program, component, model, models), name, original_layers(model, [name]).get(name))
+
+
+def kohya_name(component, name, models):
+    return named_for("kohya", component, name, models)
+
+
+def diffusers_name(component, name, models):
+    return named_for("diffusers", component, name, models)
+
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 
@@ -195,7 +215,7 @@ def test_kohyas_names_of_clip_layers_are_the_same_for_every_version_of_transform
     assert kohya_name("text_encoder", mine[0], sd) == f"lora_te_{kohya}"
     assert diffusers_name("text_encoder", mine[0], sd) == f"text_encoder.text_model.{name}"
     assert diffusers_name("text_encoder_2", "text_projection", models) == "text_encoder_2.text_projection"
-    assert diffusers_name("", mine[0], {"": sd["text_encoder"]}) == f"text_model.{name}"
+    assert diffusers_name("", mine[0], {"": sd["text_encoder"]}) == f"text_encoder.text_model.{name}"
     for part, own in zip(("text_encoder", "text_encoder_2"), mine, strict=True):
         keys = [f"{part}.{name}", f"{part}.text_model.{name}", f"{part}.text_model.{name.replace('q_proj', 'to_q')}"]
         for key in (*keys, f"lora_te{'2' if part[-1] == '2' else ''}_{kohya}"):
@@ -245,8 +265,7 @@ def flux() -> nn.Module:
 def test_a_transformers_layers_go_by_its_own_names(component: str) -> None:
     models = {component: flux()}
     for name in layer_names(models[component]):
-        kohya, dotted = kohya_name(component, name, models), f"transformer.{name}"
-        assert kohya == f"lora_transformer_{name}".replace(".", "_")
+        kohya, dotted = f"lora_transformer_{name}".replace(".", "_"), f"transformer.{name}"
         lycoris = f"lycoris_{name}".replace(".", "_")
         keys = [kohya, dotted, name, f"diffusion_model.{name}", lycoris]
         for key in keys:

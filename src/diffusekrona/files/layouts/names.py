@@ -28,7 +28,7 @@ from ..unused import Unused, few
 from .attention import fused_names, redirected, redirections
 from .families import LAYOUTS, layout_of
 from .layout import Part
-from .unet import is_sdxl_unet, is_unet, original_names, original_unet_name
+from .unet import is_unet, original_names
 
 _KOHYA_PREFIXES = {
     "unet": ("lora_unet_", "oft_unet_"),
@@ -184,33 +184,6 @@ def layer_names(module: nn.Module) -> list[str]:
     return names
 
 
-def diffusers_name(component: str, module_name: str, components: Mapping[str, nn.Module]) -> str:
-    """A layer's name in a file for Diffusers: the component's and the module's, as all its versions read them."""
-    module = components[component]
-    name = _with_text_model(module_name) if _is_clip(module) else module_name
-    return in_component(component, name)
-
-
-def kohya_name(component: str, module_name: str, components: Mapping[str, nn.Module]) -> str:
-    """A layer's name in a file for kohya's scripts, ComfyUI and others; SDXL's UNet in its original block names.
-
-    Args:
-        component: the model's name in its pipeline; "" for a model by itself.
-        module_name: the layer's name in the model.
-        components: the pipeline's models, which tell SD 1.x' `lora_te_` from the `lora_te1_` of others.
-    """
-    module = components[component]
-    role = _role(component, module)
-    prefix = _kohya_prefixes(role, module)[0]
-    if role == "text_encoder" and _is_sd1(components):
-        prefix = "lora_te_"
-    if is_sdxl_unet(module):
-        module_name = original_unet_name(module, module_name) or module_name
-    elif _is_clip(module):
-        module_name = _with_text_model(module_name)
-    return prefix + module_name.replace(".", "_")
-
-
 def _known_names(components: Mapping[str, nn.Module]) -> dict[str, set[Target]]:
     known: dict[str, set[Target]] = {}
     for component, module in components.items():
@@ -279,16 +252,6 @@ def _role(component: str, module: nn.Module) -> str:
     if isinstance(module, PreTrainedModel):
         return "text_encoder"
     return "unet" if is_unet(module) else "transformer"
-
-
-def _is_sd1(components: Mapping[str, nn.Module]) -> bool:
-    """Whether there is just one text encoder, and no denoiser that is known to go with several."""
-    others = {"text_encoder_2", "text_encoder_3", "transformer"} & set(components)
-    return not others and not any(map(is_sdxl_unet, components.values()))
-
-
-def _is_clip(module: nn.Module) -> bool:
-    return type(module).__name__.startswith("CLIPText")
 
 
 def _with_text_model(name: str) -> str:

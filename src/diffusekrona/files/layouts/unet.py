@@ -37,11 +37,6 @@ def original_names(unet: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     return {name: original for name, original in names.items() if original}
 
 
-def original_unet_name(unet: nn.Module, name: str) -> str | None:
-    """A UNet layer's name in the checkpoints of CompVis and Stability AI; None if it has none there."""
-    return _original_name(name, dict(_original_blocks(unet)))
-
-
 def _original_name(name: str, blocks: Mapping[str, str]) -> str | None:
     parts = name.split(".")
     block = next((start for n in (3, 4, 5) if (start := ".".join(parts[:n])) in blocks), None)
