@@ -6,13 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    ChromaTransformer2DModel,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,57 +17,10 @@ from diffusekrona.files.read import updates_in
 from diffusekrona.files.unused import STRICT
 from diffusekrona.tuner.injected import krona_layers
 from tests.snapshots import unchanged
+from tests.transformers import chroma, flux, flux2, sd3
 
 Tensors = dict[str, Tensor]
 DOUBLE, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0"
-FLUX_SHAPE = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "in_channels": 4,
-    "axes_dims_rope": (2, 2, 4),
-}
-
-
-def flux2() -> nn.Module:
-    torch.manual_seed(0)
-    return Flux2Transformer2DModel(
-        in_channels=8,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        joint_attention_dim=16,
-        timestep_guidance_channels=8,
-        axes_dims_rope=(2, 2, 2, 2),
-    ).eval()
-
-
-def flux() -> nn.Module:
-    return FluxTransformer2DModel(**FLUX_SHAPE, pooled_projection_dim=8)
-
-
-def chroma() -> nn.Module:
-    return ChromaTransformer2DModel(
-        **FLUX_SHAPE, approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1
-    )
-
-
-def sd3() -> nn.Module:
-    return SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
 
 
 def unet() -> nn.Module:
