@@ -17,6 +17,7 @@ from diffusekrona.files.convert import Target, approximated, components_for, con
 from diffusekrona.files.extract import Difference, FolderWeights, extract
 from diffusekrona.files.formats import foreign
 from diffusekrona.files.formats.updates import Update
+from diffusekrona.files.unused import Reading
 from diffusekrona.kron.shapes import divisors
 from diffusekrona.tuner.injected import krona_layers
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -430,3 +431,18 @@ def test_several_terms_compressed_to_one_can_be_written_as_lokr(tmp_path):
     result = convert(file, tmp_path / "b.safetensors", "lokr", base, Target((4, 8)))
     assert 0 < result.total_error < 1
     assert any(key.endswith("lokr_w1") for key in load_file(tmp_path / "b.safetensors"))
+
+
+def test_a_file_with_more_than_an_adapter_goes_to_the_pipeline_that_uses_most_of_it(tmp_path):
+    """The text encoder of SD 1.5 is the first of SDXL, too, which is tried first."""
+    layers = {
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (768, 768),
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (320, 320),
+    }
+    tensors = {}
+    for name, (d, h) in layers.items():
+        tensors |= {f"{name}.lokr_w1": torch.ones(4, 4), f"{name}.lokr_w2": torch.ones(d // 4, h // 4)}
+    save_file(tensors | {"bundle_emb.dog": torch.ones(1, 768)}, tmp_path / "dog.safetensors")
+    with pytest.warns(UserWarning, match="embeddings of new words"):
+        result = convert(tmp_path / "dog.safetensors", tmp_path / "out.safetensors", reading=Reading("warn"))
+    assert result.layers == 2

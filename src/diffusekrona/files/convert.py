@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -155,19 +156,27 @@ def components_for(source: Path, model: str | Path | None, reading: Reading = ST
     """
     if model is not None:
         return build_pipeline(str(model)) if str(model) in PIPELINES else folder_components(Path(model))
-    problems = []
-    for name in PIPELINES:
-        components = build_pipeline(name)
-        try:
-            updates = updates_in(source, components, reading)
-            if all(_fits(update, components[part], layer) for (part, layer), update in updates.items()):
-                return components
-            problems.append(f"{name}: its layers have other shapes")
-        except AdapterFileError as error:
-            problems.append(f"{name}: {error}")
+    problems: dict[str, str] = {}
+    # Pipelines have encoders in common: what the whole file fits goes before what fits a part of it.
+    for how in dict.fromkeys((replace(reading, on_unused="error"), reading)):
+        fitting = []
+        for name in PIPELINES:
+            components = build_pipeline(name)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # which the reading that counts repeats
+                    updates = updates_in(source, components, how)
+                if all(_fits(update, components[part], layer) for (part, layer), update in updates.items()):
+                    fitting.append((len(updates), components))
+                else:
+                    problems[name] = "its layers have other shapes"
+            except AdapterFileError as error:
+                problems[name] = str(error)
+        if fitting:
+            return max(fitting, key=lambda found: found[0])[1]
     raise AdapterFileError(
         f"{source} fits none of {', '.join(PIPELINES)}; say what it is for, with the folder of its base model.\n  "
-        + "\n  ".join(problems)
+        + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
     )
 
 
