@@ -35,13 +35,12 @@ from ...tuner.names import (
     without_peft_prefix,
 )
 from ...tuner.patterns import check_matching
+from .scales import HEADER as _DIFFUSERS_HEADER
+from .scales import MOST_COMPONENTS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 HEADER = "krona"
-MOST_COMPONENTS = 100
-"""Of a pipeline, in a file's header."""
-_DIFFUSERS_HEADER = "lora_adapter_metadata"
 
 
 @dataclass

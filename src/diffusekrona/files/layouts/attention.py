@@ -7,11 +7,10 @@ may meet a model of the other kind. A fused model's single projections are still
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 
 from torch import nn
 
-from .layout import Part, outputs
+from .layout import Part, consecutive_rows, outputs
 
 FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -29,11 +28,9 @@ def fused_names(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[P
                 continue
             if whole == "to_kv" and not getattr(module, "is_cross_attention", True):
                 continue
-            ends = [0]
-            for one in single:
-                ends.append(ends[-1] + outputs(modules[f"{name}.{one}"]))
-            rows = list(pairwise(ends))
-            yield f"{name}.{whole}", tuple(Part(f"{name}.{one}", r) for one, r in zip(single, rows, strict=True))
+            names = [f"{name}.{one}" for one in single]
+            rows = consecutive_rows(outputs(modules[one]) for one in names)
+            yield f"{name}.{whole}", tuple(map(Part, names, rows))
 
 
 def redirections(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int]]:
@@ -45,10 +42,9 @@ def redirections(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int]]
         for whole, single in FUSED.items():
             if f"{name}.{whole}" not in modules:
                 continue
-            first = 0
-            for one in single:
-                found[f"{name}.{one}"] = (f"{name}.{whole}", first)
-                first += outputs(modules[f"{name}.{one}"])
+            names = [f"{name}.{one}" for one in single]
+            rows = consecutive_rows(outputs(modules[one]) for one in names)
+            found |= {one: (f"{name}.{whole}", first) for one, (first, _) in zip(names, rows, strict=True)}
     return found
 
 

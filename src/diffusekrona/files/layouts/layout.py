@@ -9,9 +9,10 @@ same name on both sides.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -142,8 +143,12 @@ def _parts(entry: Entry, modules: Mapping[str, nn.Module]) -> tuple[Part, ...] |
     if isinstance(entry, HalvesSwapped):
         half, whole = sizes[0] // 2, sizes[0]
         return Part(names[0], (0, half), (half, whole)), Part(names[0], (half, whole), (0, half))
-    ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    return tuple(Part(name, (end - size, end)) for name, end, size in zip(names, ends, sizes, strict=True))
+    return tuple(Part(name, rows) for name, rows in zip(names, consecutive_rows(sizes), strict=True))
+
+
+def consecutive_rows(sizes: Iterable[int]) -> list[Rows]:
+    """The rows of layers of these sizes in one that has them one after the other."""
+    return list(pairwise(accumulate(sizes, initial=0)))
 
 
 def outputs(module: nn.Module) -> int:

@@ -234,7 +234,7 @@ def _own_names(role: str, name: str) -> set[str]:
     if role in TEXT_ENCODERS:
         parent, _, last = name.rpartition(".")
         for own in (name, f"{parent}.{_IN_CLIP_ATTENTION.get(last, last)}".lstrip(".")):
-            names |= {own.removeprefix("text_model."), _with_text_model(own)}
+            names |= {own.removeprefix("text_model."), with_text_model(own)}
     return names
 
 
@@ -254,7 +254,7 @@ def _role(component: str, module: nn.Module) -> str:
     return "unet" if is_unet(module) else "transformer"
 
 
-def _with_text_model(name: str) -> str:
+def with_text_model(name: str) -> str:
     """A CLIP layer's name as transformers before 5 has it, and files still do: all but the projection is in there."""
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 

@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 from ...errors import AdapterFileError
 from ...kron.shapes import FactorShapes
 from ..unused import few
+from .attention import FUSED
 from .families import layout_of
 from .layout import Part
+from .names import with_text_model
 from .unet import is_sdxl_unet, is_unet, original_names
 
 Program = Literal["comfyui", "kohya", "diffusers", "sdnext", "invokeai", "lora"]
@@ -384,13 +386,12 @@ def _together(name: str) -> list[str]:
     match = re.fullmatch(r"(lora_transformer_transformer_blocks_\d+_attn_)(to_[qkv]|add_[qkv]_proj)", name)
     if match is None:
         return []
-    singles = ("to_q", "to_k", "to_v") if match[2].startswith("to_") else ("add_q_proj", "add_k_proj", "add_v_proj")
-    return [match[1] + single for single in singles]
+    return [match[1] + single for single in FUSED["to_qkv" if match[2].startswith("to_") else "to_added_qkv"]]
 
 
 def _in_encoder(module: nn.Module, name: str) -> str:
     if type(module).__name__.startswith("CLIPText"):
-        return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+        return with_text_model(name)
     return re.sub(r"^.*?\b(?=layers\.\d)", "", name)
 
 
