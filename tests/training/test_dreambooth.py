@@ -19,7 +19,8 @@ from diffusekrona.training import (
     prepare_images,
     train_dreambooth,
 )
-from diffusekrona.training.dreambooth import image_reduction, training_resolution
+from diffusekrona.training.dreambooth import training_resolution
+from diffusekrona.training.families import family_of
 from diffusekrona.training.run import run
 from diffusekrona.training.settings import Settings
 from tests.pipelines import IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -197,7 +198,7 @@ def test_training_works_at_another_resolution(folder):
 
 @pytest.mark.parametrize(("build", "pixels"), [(tiny_sd_pipeline, 4), (tiny_sdxl_pipeline, 4), (tiny_sd3_pipeline, 8)])
 def test_images_are_reduced_by_the_autoencoder_and_by_patches(build, pixels):
-    assert image_reduction(build()) == pixels
+    assert family_of(build()).reduction == pixels
     with pytest.raises(TrainingConfigError, match=rf"resolution 34 is not divisible by {pixels}"):
         training_resolution(build(), 34)
 

@@ -3,6 +3,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffusekrona.training.encoding import LatentPosteriors
+from diffusekrona.training.families import family_of
 from tests.pipelines import tiny_sd_pipeline
 from tests.training.runs import pictures
 
@@ -17,7 +18,7 @@ def reference(pipe, picture):
 
 
 def latents(pipe, images, flip=False, **options):
-    return LatentPosteriors(pipe.vae, images, flip=flip, device=CPU, **options)
+    return LatentPosteriors(family_of(pipe), images, flip=flip, device=CPU, **options)
 
 
 def draws(posteriors, index, count=400, seed=0):

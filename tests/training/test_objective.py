@@ -1,6 +1,13 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from diffusekrona.training import UnsupportedPipelineError
 from diffusekrona.training.objective import Denoising, FlowMatching, objective_of
@@ -21,9 +28,10 @@ def objective(kind, gamma=None, **config):
     return Denoising(DDIMScheduler(**BETAS, prediction_type=kind, **config), gamma, CPU)
 
 
-def levels_drawn(goal, count=2000):
-    generator = torch.Generator().manual_seed(0)
-    return [goal.draw_level(generator) for _ in range(count)]
+def loss(goal, prediction, latents, noise, levels):
+    """The weighted mean squared error of each image, as a batch has it."""
+    target = goal.target(latents, noise, levels)
+    return goal.weights(levels) * (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 def tensors(seed=0):
@@ -58,10 +66,10 @@ def test_without_gamma_the_loss_is_the_plain_mean_squared_error(kind):
     latents, noise = tensors()
     goal = objective(kind)
     prediction = tensors(1)[0]
-    found = goal.loss(prediction, latents, noise, TIMESTEPS)
+    found = loss(goal, prediction, latents, noise, TIMESTEPS)
     for row, image in enumerate(goal.target(latents, noise, TIMESTEPS)):
         torch.testing.assert_close(found[row], torch.nn.functional.mse_loss(prediction[row], image))
-    assert not goal.loss(goal.target(latents, noise, TIMESTEPS), latents, noise, TIMESTEPS).any()
+    assert not loss(goal, goal.target(latents, noise, TIMESTEPS), latents, noise, TIMESTEPS).any()
 
 
 @KINDS
@@ -76,7 +84,7 @@ def test_min_snr_weighs_an_error_in_the_clean_latents_by_min_snr_gamma(kind, gam
     snr = (alphas() / (1 - alphas())).flatten()
     expected = snr.clamp(max=gamma) * error.double().square().mean(dim=(1, 2, 3))
     prediction = goal.target(latents, noise, TIMESTEPS) + factors[kind] * error
-    actual = goal.loss(prediction, latents, noise, TIMESTEPS)
+    actual = loss(goal, prediction, latents, noise, TIMESTEPS)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=0)
 
 
@@ -86,19 +94,18 @@ def test_a_schedule_that_ends_in_pure_noise_stays_finite(kind):
     latents, noise = tensors()
     last = torch.full((4,), 999)
     torch.testing.assert_close(goal.add_noise(latents, noise, last), noise, atol=1e-5, rtol=0)
-    assert goal.loss(tensors(1)[0], latents, noise, last).isfinite().all()
+    assert loss(goal, tensors(1)[0], latents, noise, last).isfinite().all()
 
 
 def test_the_loss_is_taken_in_float32():
-    latents, noise = tensors()
-    loss = objective("epsilon", 5.0).loss(tensors(1)[0].half(), latents, noise, TIMESTEPS)
-    assert loss.dtype == torch.float32
+    assert objective("epsilon", 5.0).weights(TIMESTEPS).dtype == torch.float32
 
 
 def test_the_inference_schedulers_settings_carry_over_and_it_is_left_alone():
     scheduler = EulerDiscreteScheduler(**BETAS, num_train_timesteps=500)
     before = dict(scheduler.config)
-    assert max(levels_drawn(Denoising(scheduler, None, CPU))) < 500
+    goal = Denoising(scheduler, None, CPU)
+    assert [goal.level(place, 1.0) for place in (0.0, 0.5, 0.999, 1.0)] == [0, 250, 499, 499]
     assert dict(scheduler.config) == before
 
 
@@ -110,76 +117,65 @@ def test_other_schedulers_are_refused_by_name(scheduler):
         Denoising(scheduler, None, CPU)
 
 
-def test_all_noise_levels_of_a_diffusion_are_equally_likely():
-    levels = torch.tensor(levels_drawn(objective("epsilon"), 5000))
-    assert levels.min() >= 0
-    assert levels.max() <= 999
-    tenths = torch.bincount(levels // 100, minlength=10)
-    assert (tenths - 500).abs().max() < 5 * 500**0.5
+def test_a_shift_moves_a_diffusions_levels_towards_the_noise():
+    goal = objective("epsilon")
+    assert goal.level(0.5, 3.0) == 750
+    assert [goal.level(place, 3.0) for place in (0.0, 1.0)] == [0, 999]
 
 
 # Flow matching
 
 
-def flow(shift=1.0, **config):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, **config)
-    return scheduler, objective_of(scheduler, None, CPU)
+LEVELS = torch.tensor([0.001, 0.25, 0.5, 1.0])
 
 
-def sigmas(shift):
-    """σ of each level, from 1 down, shifted as Esser et al. do, in float64."""
-    plain = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
-    return shift * plain / (1 + (shift - 1) * plain)
+def flow(weighting="none", **config):
+    return objective_of(FlowMatchEulerDiscreteScheduler(**config), CPU, weighting=weighting)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_flows_noisy_latents_lie_on_the_line_and_the_target_is_its_direction(shift):
+def test_a_flows_noisy_latents_lie_on_the_line_and_the_target_is_its_direction():
     latents, noise = tensors()
-    _, goal = flow(shift)
-    sigma = sigmas(shift)[TIMESTEPS].view(-1, 1, 1, 1)
-    noisy = goal.add_noise(latents, noise, TIMESTEPS)
-    torch.testing.assert_close(noisy.double(), (1 - sigma) * latents + sigma * noise, atol=1e-5, rtol=0)
+    goal = flow()
+    sigma = LEVELS.double().view(-1, 1, 1, 1)
+    noisy = goal.add_noise(latents, noise, LEVELS)
+    torch.testing.assert_close(noisy.double(), (1 - sigma) * latents + sigma * noise, atol=1e-6, rtol=0)
     # From any point of the line, its direction leads to the clean latents and to the noise.
-    direction = noise - latents
+    direction = goal.target(latents, noise, LEVELS)
     torch.testing.assert_close((noisy - sigma * direction).float(), latents, atol=1e-5, rtol=0)
-    prediction = tensors(1)[0]
-    expected = (prediction - direction).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(goal.loss(prediction, latents, noise, TIMESTEPS), expected)
-    assert not goal.loss(direction, latents, noise, TIMESTEPS).any()
+    torch.testing.assert_close((noisy + (1 - sigma) * direction).float(), noise, atol=1e-5, rtol=0)
+
+
+def test_a_flow_is_told_its_noise_in_units_of_its_scheduler():
+    assert flow().timesteps(LEVELS).tolist() == [1.0, 250.0, 500.0, 1000.0]
+    assert flow(num_train_timesteps=100).timesteps(LEVELS).tolist() == pytest.approx([0.1, 25.0, 50.0, 100.0])
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_flow_is_told_its_noise_in_thousandths(shift):
-    _, goal = flow(shift)
-    torch.testing.assert_close(goal.timesteps(TIMESTEPS).double(), 1000 * sigmas(shift)[TIMESTEPS], rtol=1e-5, atol=0)
+def test_a_flows_levels_are_those_that_its_scheduler_makes_of_places(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    places = torch.arange(1000, 0, -1) / 1000
+    found = torch.tensor([flow().level(float(place), shift) for place in places])
+    torch.testing.assert_close(found, scheduler.sigmas[:1000], atol=1e-6, rtol=0)
 
 
-def test_the_places_of_a_flows_levels_are_logit_normal():
-    _, goal = flow()
-    places = (torch.tensor(levels_drawn(goal, 5000)).double() + 0.5) / 1000
-    logits = (places / (1 - places)).log()
-    assert abs(logits.mean()) < 5 / 5000**0.5
-    assert abs(logits.std() - 1) < 5 / (2 * 5000) ** 0.5
-    # Normally distributed: as many within one standard deviation as should be.
-    assert abs((logits.abs() < 1).double().mean() - 0.6827) < 0.04
+@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
+def test_a_flows_levels_weigh_as_in_diffusers(weighting):
+    expected = compute_loss_weighting_for_sd3(weighting, LEVELS)
+    torch.testing.assert_close(flow(weighting).weights(LEVELS), expected)
 
 
-def test_a_flows_scheduler_is_read_and_left_alone():
-    scheduler, _ = flow(3.0)
-    scheduler.set_timesteps(4)
-    before = scheduler.timesteps.clone()
-    goal = objective_of(scheduler, None, CPU)
-    assert goal.timesteps(torch.tensor([999])) < 10
-    assert torch.equal(scheduler.timesteps, before)
+def test_solvers_of_flows_are_flows():
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert isinstance(objective_of(scheduler, CPU), FlowMatching)
 
 
-def test_what_a_flow_cannot_do_is_refused():
+def test_what_only_the_other_kind_can_do_is_refused():
     with pytest.raises(UnsupportedPipelineError, match="snr_gamma"):
-        objective_of(FlowMatchEulerDiscreteScheduler(), 5.0, CPU)
-    with pytest.raises(UnsupportedPipelineError, match="by size"):
-        flow(use_dynamic_shifting=True)
+        objective_of(FlowMatchEulerDiscreteScheduler(), CPU, snr_gamma=5.0)
+    with pytest.raises(UnsupportedPipelineError, match="loss_weighting 'cosmap'"):
+        objective_of(DDIMScheduler(**BETAS), CPU, weighting="cosmap")
 
 
 def test_the_scheduler_decides_which_objective_it_is():
-    assert isinstance(flow()[1], FlowMatching)
-    assert isinstance(objective_of(DDIMScheduler(**BETAS), 5.0, CPU), Denoising)
+    assert isinstance(flow(), FlowMatching)
+    assert isinstance(objective_of(DDIMScheduler(**BETAS), CPU, snr_gamma=5.0), Denoising)

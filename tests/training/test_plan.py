@@ -136,7 +136,10 @@ def test_more_is_trained_and_kept_with_text_encoders_averages_and_other_optimize
     assert plan(settings(folder, optimizer="adamw8bit")).state == plain.state - 6 * plain.parameters
 
 
-def test_a_base_that_cannot_be_read_is_an_error(tmp_path):
-    (tmp_path / "base").mkdir()
-    with pytest.raises(BaseModelError, match="autoencoder"):
-        plan(settings(tmp_path))
+def test_a_base_that_cannot_be_read_is_an_error(base):
+    _, folder = base
+    for part, said in (("vae", "vae has no"), ("scheduler", "scheduler has no"), ("model_index.json", "no model_index")):
+        (folder / "base" / part).rename(folder / part)
+        with pytest.raises(BaseModelError, match=said):
+            plan(settings(folder))
+        (folder / part).rename(folder / "base" / part)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..tuner.components import forget
 from .config import TrainingConfig
-from .data import TrainingImage
+from .data import Size, TrainingImage
 from .encoding import LatentPosteriors, Texts
 from .families import Family
 from .objective import objective_of
 from .randomness import Order, Sample, generator_for
+from .timesteps import draw_place
 
 
 class Batches:
@@ -45,11 +46,13 @@ class Batches:
     ) -> None:
         self._family, self._images, self._config, self._accelerator = family, images, config, accelerator
         device = accelerator.device
-        self._objective = objective_of(pipe.scheduler, config.snr_gamma, device)
+        self._objective = objective_of(
+            pipe.scheduler, device, snr_gamma=config.snr_gamma, weighting=config.loss_weighting
+        )
         kinds = [image.image.size for image in images]
         self._order = Order(kinds, config.train_batch_size * accelerator.num_processes, config.seed, name)
         self._latents = LatentPosteriors(
-            pipe.vae,
+            family,
             [image.image for image in images],
             flip=config.random_flip,
             device=device,
@@ -76,7 +79,8 @@ class Batches:
         with self._accelerator.autocast():
             text = self._texts([image.prompt for image in images])
             prediction = self._family.predict(noisy, self._objective.timesteps(levels), text, sizes)
-        return self._objective.loss(prediction, latents, noise, levels).mean()
+        target = self._objective.target(latents, noise, levels)
+        return (self._objective.weights(levels) * self._errors(prediction, target)).mean()
 
     @property
     def marks(self) -> str:
@@ -105,8 +109,34 @@ class Batches:
             if self._config.noise_offset:
                 noise += self._config.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
             noises.append(noise)
-            levels.append(self._objective.draw_level(generator))
+            levels.append(self._level(self._images[sample.index].image.size, generator))
         return torch.stack(latents), torch.stack(noises), torch.tensor(levels)
+
+    def _level(self, size: Size, generator: torch.Generator) -> int | float:
+        """A random noise level for an image of that size."""
+        config, family = self._config, self._family
+        place = draw_place(
+            config.timestep_sampling or self._objective.sampling,
+            generator,
+            mean=config.logit_mean,
+            std=config.logit_std,
+            mode_scale=config.mode_scale,
+        )
+        tokens = family.tokens(size[1], size[0])
+        shift = family.shift(tokens) if config.timestep_shift is None else config.timestep_shift
+        if config.shift_by_size:
+            shift *= (tokens / family.tokens(family.resolution, family.resolution)) ** 0.5
+        return self._objective.level(place, shift)
+
+    def _errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Of each image, the mean over its elements, (batch), float32."""
+        difference = prediction.float() - target.float()
+        if self._config.loss_type == "l2":
+            errors = difference.square()
+        else:
+            c = self._config.huber_c
+            errors = 2 * c * ((difference.square() + c * c).sqrt() - c)
+        return errors.mean(dim=(1, 2, 3))
 
 
 def free_encoders(pipe: Any, config: TrainingConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +15,9 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 OnNonFinite = Literal["stop", "skip"]
 Keep = Literal["memory", "disk", "none"]
+Sampling = Literal["uniform", "logit_normal", "mode"]
+Weighting = Literal["none", "sigma_sqrt", "cosmap"]
+LossType = Literal["l2", "huber"]
 OnBadImage = Literal["stop", "skip"]
 
 ENCODER_RATES = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_3_lr")
@@ -85,6 +89,31 @@ class TrainingConfig(TrainingSettings):
     """Exponent of the schedule "polynomial"; 1 makes it linear."""
     snr_gamma: float | None = Field(default=None, gt=0)
     """The γ of Min-SNR, usually 5, by which the loss is weighted; by default all noise levels count alike."""
+    timestep_sampling: Sampling | None = None
+    """How noise levels are drawn: "uniform", "logit_normal" or "mode"; by default "uniform" for diffusions and
+    "logit_normal" for flows."""
+    logit_mean: float = 0.0
+    """Mean of the normal distribution of "logit_normal". Above 0, more noise is likelier, as in Stable Diffusion 3's
+    paper; Diffusers' scripts count the other way."""
+    logit_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the normal distribution of "logit_normal"."""
+    mode_scale: float = Field(default=1.29, ge=-1, le=2 / (math.pi - 2))
+    """Scale of "mode": above 0, middling noise levels are likelier, below 0 the ends."""
+    timestep_shift: float | None = Field(default=None, gt=0)
+    """Shift of the noise levels: above 1, more noise is likelier. By default it is that by which the base's pipeline
+    draws, which depends on an image's size for some bases."""
+    shift_by_size: bool = False
+    """Multiply the shift of the noise levels by the root of an image's tokens over those of the base's own
+    resolution, for bases that do not shift by size themselves."""
+    loss_weighting: Weighting = "none"
+    """Weight of each noise level in a flow's loss: "none", "sigma_sqrt" or "cosmap"."""
+    loss_type: LossType = "l2"
+    """What becomes of an error: "l2" for its square, or "huber" for the pseudo-Huber loss, in which large errors count
+    less."""
+    huber_c: float = Field(default=0.1, gt=0)
+    """Size of the errors from which on the pseudo-Huber loss is linear rather than quadratic."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Guidance that guidance-distilled bases, such as FLUX.1 dev, are told in training."""
     noise_offset: float = Field(default=0.0, ge=0)
     """Standard deviation of noise that is the same all over a channel; 0.05 to 0.1 lets a diffusion model learn very
     bright and very dark pictures."""

@@ -139,7 +139,7 @@ def load_dataset(
     except (OSError, ValueError) as error:
         raise DatasetError(f"{folder} is no dataset that save_to_disk wrote: {error}") from error
     if isinstance(found, dict) and "train" not in found:
-        raise DatasetError(f"{folder} has no split 'train'; there are: {', '.join(found)}.")
+        raise DatasetError(f"{folder} has no split 'train'; give the folder of one of its splits: {', '.join(found)}.")
     rows = found["train"] if isinstance(found, dict) else found
     for column in [image_column, *([caption_column] if prompt is None else [])]:
         if column not in rows.column_names:

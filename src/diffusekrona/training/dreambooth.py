@@ -97,11 +97,10 @@ def training_resolution(pipe: Any, resolution: int | None) -> int:
     Raises:
         TrainingConfigError: it is not divisible by the autoencoder's reduction, or by that of the denoiser's patches.
     """
-    reduction = image_reduction(pipe)
+    family = family_of(pipe)
     if resolution is None:
-        denoiser: Any = family_of(pipe).denoiser
-        size = denoiser.config.sample_size
-        return int(size if isinstance(size, int) else min(size)) * int(pipe.vae_scale_factor)
+        return family.resolution
+    reduction = family.reduction
     if resolution % reduction:
         below = resolution // reduction * reduction
         near = " or ".join(str(side) for side in (below, below + reduction) if side)
@@ -109,12 +108,6 @@ def training_resolution(pipe: Any, resolution: int | None) -> int:
             f"resolution {resolution} is not divisible by {reduction}, by which the model reduces images; use {near}."
         )
     return resolution
-
-
-def image_reduction(pipe: Any) -> int:
-    """How many pixels of a side become one element of what the denoiser computes on, which sides are multiples of."""
-    denoiser: Any = family_of(pipe).denoiser
-    return int(pipe.vae_scale_factor * getattr(denoiser.config, "patch_size", 1))
 
 
 def _examples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def fingerprint(modules: Iterable[nn.Module], settings: str = "") -> str:
 View = tuple[int, bool]
 """Which image, and whether it is mirrored."""
 
-_SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm_eps")
 
 
 class LatentPosteriors:
@@ -86,7 +86,7 @@ class LatentPosteriors:
     With `flip`, each image is encoded mirrored as well, and every sample shows it either way with equal chance.
 
     Args:
-        vae: an `AutoencoderKL`; a half-precision one is run in float32, because SDXL's overflows in float16.
+        family: of the pipeline, whose autoencoder is run in float32, because SDXL's overflows in float16.
         images: RGB.
         flip: whether samples may be mirrored.
         device: where the autoencoder runs; it goes to the CPU afterwards unless it has to run in each step.
@@ -96,7 +96,7 @@ class LatentPosteriors:
 
     def __init__(
         self,
-        vae: Any,
+        family: Family,
         images: Sequence[Image.Image],
         *,
         flip: bool,
@@ -104,8 +104,9 @@ class LatentPosteriors:
         keep: Keep = "memory",
         folder: Path | None = None,
     ) -> None:
-        self._vae, self._images, self._flip = vae, images, flip
+        self._family, self._vae, self._images, self._flip = family, family.pipe.vae, images, flip
         marks = [_mark_of_image(image) for image in images]
+        vae = self._vae
         model = fingerprint([vae], str([vae.config.get(name) for name in _SCALES])) if keep == "disk" else ""
         self._posteriors = Encoded(
             self._posterior, keep, folder, lambda view: f"latents-{model}-{marks[view[0]]}-{int(view[1])}"
@@ -130,12 +131,11 @@ class LatentPosteriors:
         before = self._vae.dtype
         _cast(self._vae, torch.float32)
         try:
-            posterior = self._vae.encode(_pixels(image).to(self._vae.device)).latent_dist
+            mean, std = self._family.posterior(_pixels(image).to(self._vae.device))
         finally:
             # Widening and narrowing again gives the same half-precision numbers back.
             _cast(self._vae, before)
-        shift, scale = _normalisation(self._vae, posterior.mean)
-        return {"mean": ((posterior.mean - shift) * scale)[0], "std": (posterior.std * scale)[0]}
+        return {"mean": mean[0], "std": std[0]}
 
 
 def _mark_of_image(image: Image.Image) -> str:
@@ -151,15 +151,6 @@ def _pixels(image: Image.Image) -> Tensor:
     """(1, 3, height, width) in [-1, 1]."""
     array = np.asarray(image, dtype=np.float32)
     return (torch.from_numpy(array) / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
-
-
-def _normalisation(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What to subtract from latents and then multiply them by, broadcast over (batch, channels, h, w)."""
-    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
-    factor, shift = float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
-    if mean is None or std is None:
-        return torch.full_like(like, shift), torch.full_like(like, factor)
-    return like.new_tensor(mean).view(1, -1, 1, 1), factor / like.new_tensor(std).view(1, -1, 1, 1)
 
 
 class Texts:
@@ -204,13 +195,26 @@ class Texts:
             tensors = self._family.encode(distinct, self._device)
         else:
             each = [self._encoded[prompt] for prompt in distinct]
-            tensors = {name: torch.stack([one[name] for one in each]).to(self._device) for name in each[0]}
+            tensors = {name: _stacked([one[name] for one in each]).to(self._device) for name in each[0]}
         rows = [distinct.index(prompt) for prompt in prompts]
-        return {name: tensor.to(self._family.dtype)[rows] for name, tensor in tensors.items()}
+        return {name: _as(tensor, self._family.dtype)[rows] for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> dict[str, Tensor]:
         return {name: tensor[0] for name, tensor in self._family.encode([prompt], self._device).items()}
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other, with zeros at the end of those that are shorter."""
+    longest = max((len(tensor) for tensor in tensors if tensor.dim()), default=0)
+    return torch.stack(
+        [torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])]) for tensor in tensors]
+    )
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another type, unless it holds whole numbers or a mask."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _mark_of_text(text: str) -> str:

@@ -147,6 +147,7 @@ def fit(
         TrainingInterrupted: the user stopped it; it can be resumed if it has a folder.
     """
     family = family_of(pipe)
+    family.guidance = config.guidance_scale
     if not parameters:
         raise TrainingConfigError("There is nothing to train: no parameters were given.")
     if config.cache == "disk" and folder is None:

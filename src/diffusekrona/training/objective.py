@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -9,15 +10,23 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..errors import UnsupportedPipelineError
+from .config import Sampling, Weighting
+from .timesteps import shifted
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class Objective(Protocol):
-    """How much noise there may be, how it is added, and what is to be said of it. Noise levels are whole numbers."""
+    """How much noise there may be, how it is added, and what is to be said of it.
 
-    def draw_level(self, generator: torch.Generator) -> int:
-        """A random noise level."""
+    A noise level is a number of its own kind: a diffusion's timestep, or a flow's σ.
+    """
+
+    sampling: Sampling
+    """How noise levels are drawn where no other way is asked for."""
+
+    def level(self, place: float, shift: float) -> int | float:
+        """The noise level at a place from 0, no noise, to 1, noise alone, shifted towards the noise."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """Noisy latents; all are (batch, channels, height, width), the levels (batch)."""
@@ -25,23 +34,41 @@ class Objective(Protocol):
     def timesteps(self, levels: Tensor) -> Tensor:
         """What the denoiser is told of the levels, (batch)."""
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """The weighted mean squared error of each image, (batch), float32."""
+    def target(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """What the denoiser should say; shaped like the latents."""
+
+    def weights(self, levels: Tensor) -> Tensor:
+        """What the loss of each image counts, (batch), float32."""
 
 
-def objective_of(scheduler: Any, snr_gamma: float | None, device: torch.device) -> Objective:
+def objective_of(
+    scheduler: Any, device: torch.device, *, snr_gamma: float | None = None, weighting: Weighting = "none"
+) -> Objective:
     """The objective that a pipeline's scheduler stands for.
 
     Args:
         scheduler: its configuration is read, and it is not changed.
-        snr_gamma: Min-SNR's γ, or None.
         device: where the latents will be.
+        snr_gamma: Min-SNR's γ, or None; a diffusion's.
+        weighting: how a flow's noise levels count.
 
     Raises:
-        UnsupportedPipelineError: the scheduler is neither a diffusion's, with β, nor a flow's.
+        UnsupportedPipelineError: the scheduler is neither a diffusion's, with β, nor a flow's; or what is asked for is
+            the other's.
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return FlowMatching(scheduler, snr_gamma, device)
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or config.get("use_flow_sigmas"):
+        if snr_gamma is not None:
+            raise UnsupportedPipelineError(
+                "snr_gamma weights a diffusion's noise levels, and this base is a flow. "
+                "Leave it out, or use loss_weighting."
+            )
+        return FlowMatching(scheduler, weighting)
+    if weighting != "none":
+        raise UnsupportedPipelineError(
+            f"loss_weighting {weighting!r} weights a flow's noise levels, and this base is a diffusion. "
+            "Leave it out, or use snr_gamma."
+        )
     return Denoising(scheduler, snr_gamma, device)
 
 
@@ -68,11 +95,12 @@ class Denoising:
         self._scheduler = DDPMScheduler.from_config(config)
         self._levels: int = self._scheduler.config.num_train_timesteps
         alphas: Tensor = self._scheduler.alphas_cumprod.to(device)
+        self.sampling: Sampling = "uniform"
         self._weights = None if snr_gamma is None else _min_snr_weights(alphas, snr_gamma, kind)
 
-    def draw_level(self, generator: torch.Generator) -> int:
-        """All levels are equally likely."""
-        return int(torch.randint(self._levels, (), generator=generator))
+    def level(self, place: float, shift: float) -> int:
+        """The timestep at that part of them."""
+        return min(int(shifted(place, shift) * self._levels), self._levels - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """z_t for latents z and noise ε."""
@@ -84,7 +112,7 @@ class Denoising:
         return levels
 
     def target(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """What the UNet should have said; shaped like the latents."""
+        """ε, the velocity, or the latents."""
         if self._kind == "epsilon":
             return noise
         if self._kind == "sample":
@@ -92,52 +120,47 @@ class Denoising:
         velocity: Tensor = self._scheduler.get_velocity(latents, noise, levels)
         return velocity
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """The weighted mean squared error of each image."""
-        error = _squared_error(prediction, self.target(latents, noise, levels))
-        return error if self._weights is None else self._weights[levels] * error
+    def weights(self, levels: Tensor) -> Tensor:
+        """Min-SNR's, or 1."""
+        return torch.ones_like(levels, dtype=torch.float32) if self._weights is None else self._weights[levels]
 
 
 class FlowMatching:
     """‖D(z_σ | c, σ) − (ε − z)‖², averaged, with z_σ = (1 − σ) · z + σ · ε (rectified flow; Esser et al., 2024).
 
-    The noise level is that of a place in the scheduler's own σ, its shift included; the place is the sigmoid of a
-    normally distributed number, which is Esser et al.'s logit-normal density.
-
-    Raises:
-        UnsupportedPipelineError: γ is given, which needs a diffusion, or σ depends on the image's size.
+    σ is the place of a noise level, shifted as the pipeline shifts it for an image of that size. The loss of a level
+    counts 1, 1 / σ² ("sigma_sqrt"), or 2 / (π · (1 − 2σ + 2σ²)) ("cosmap"; Esser et al., section 3.1).
     """
 
-    def __init__(self, scheduler: Any, snr_gamma: float | None, device: torch.device) -> None:
-        if snr_gamma is not None:
-            raise UnsupportedPipelineError("snr_gamma weights a diffusion's noise levels; this base is a flow.")
-        if scheduler.config.get("use_dynamic_shifting", False):
-            raise UnsupportedPipelineError("The base's scheduler shifts noise levels by size, which is not supported.")
-        fresh = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        self._timesteps: Tensor = fresh.timesteps.to(device)
-        self._sigmas: Tensor = fresh.sigmas[: len(fresh.timesteps)].to(device, torch.float32)
+    def __init__(self, scheduler: Any, weighting: Weighting) -> None:
+        self.sampling: Sampling = "logit_normal"
+        self._weighting = weighting
+        self._timesteps: int = scheduler.config.num_train_timesteps
 
-    def draw_level(self, generator: torch.Generator) -> int:
-        """A place in the scheduler's σ, logit-normally distributed."""
-        place = torch.randn((), generator=generator).sigmoid()
-        return min(int(place * len(self._sigmas)), len(self._sigmas) - 1)
+    def level(self, place: float, shift: float) -> float:
+        """σ."""
+        return shifted(place, shift)
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """z_σ for latents z and noise ε."""
-        sigma = self._sigmas[levels].view(-1, 1, 1, 1)
+        sigma = levels.view(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise
 
     def timesteps(self, levels: Tensor) -> Tensor:
-        """σ in the scheduler's units, thousandths."""
-        return self._timesteps[levels]
+        """σ in the scheduler's units, mostly thousandths."""
+        return levels * self._timesteps
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """The mean squared error of each image's velocity."""
-        return _squared_error(prediction, noise - latents)
+    def target(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """ε − z."""
+        return noise - latents
 
-
-def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    def weights(self, levels: Tensor) -> Tensor:
+        """As the weighting says."""
+        if self._weighting == "sigma_sqrt":
+            return levels.float() ** -2
+        if self._weighting == "cosmap":
+            return 2 / (math.pi * (1 - 2 * levels.float() + 2 * levels.float() ** 2))
+        return torch.ones_like(levels, dtype=torch.float32)
 
 
 def _min_snr_weights(alphas: Tensor, gamma: float, kind: str) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..pipeline import inject_krona
 from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
 from .batches import text_encoders
 from .config import TrainingConfig
-from .dreambooth import image_reduction, training_resolution
+from .dreambooth import training_resolution
 from .families import family_of
 from .run import image_plan, training_images
 from .settings import Settings
@@ -126,19 +126,20 @@ def plan(settings: Settings) -> Plan:
     """
     training = settings.training
     folder = base_configs(settings.data.pretrained_model_name_or_path)
+    index = _index(folder)
+    scheduler = _configured(folder / "scheduler", index.get("scheduler"))  # which computes with numbers as it is made
     with fake_tensors(), default_dtype(getattr(torch, settings.base_dtype)):
-        pipe = _pipeline(folder)
-        denoiser = family_of(pipe).denoiser
+        pipe = _pipeline(folder, index, scheduler)
+        family = family_of(pipe)
+        denoiser = family.denoiser
         encoders = text_encoders(pipe)
         trained = [denoiser, *(encoders if training.train_text_encoder else [])]
         of_base = sum(p.numel() for module in trained for p in module.parameters())
         krona = inject_krona(pipe, settings.adapter.config(), text_encoders=training.train_text_encoder)
         side = training_resolution(pipe, settings.images.resolution)
-        images = training_images(settings, image_plan(settings, side, image_reduction(pipe)))
+        images = training_images(settings, image_plan(settings, side, family.reduction))
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
-        activations = _activation_bytes(
-            trained, partial(_forward, pipe, training, side // pipe.vae_scale_factor, texts), training
-        )
+        activations = _activation_bytes(trained, partial(_forward, pipe, training, side, texts), training)
         idle = [module for module in (pipe.vae, *encoders) if module not in trained]
         weights, others = _bytes(trained), _bytes(idle)
     parameters = sum(p.numel() for p in krona.parameters())
@@ -157,14 +158,32 @@ def plan(settings: Settings) -> Plan:
     )
 
 
-def _pipeline(folder: Path) -> Any:
-    """What `family_of` and the trainer ask of a pipeline, from its configurations."""
-    config = _vae_config(folder)
-    parts: dict[str, Any] = {**folder_components(folder, device="cpu"), "vae": AutoencoderKL.from_config(config)}
-    return SimpleNamespace(
-        components=parts, vae_scale_factor=2 ** (len(config["block_out_channels"]) - 1),
-        scheduler=True, tokenizer=True, tokenizer_2=True, encode_prompt=True, **parts,
-    )  # fmt: skip
+def _index(folder: Path) -> dict[str, Any]:
+    """The classes of a pipeline and of its parts by name, None for parts that it has not; and its options."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        found = {name: value[1] if isinstance(value, list) else value for name, value in index.items()}
+        return {**found, "kind": getattr(diffusers, found["_class_name"]), "vae": found["vae"]}
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise BaseModelError(f"{folder} has no model_index.json of a pipeline that can be read: {error}") from error
+
+
+def _pipeline(folder: Path, index: Mapping[str, Any], scheduler: Any) -> Any:
+    """A pipeline from its configurations, without tokenizers and weights."""
+    models = {**folder_components(folder, device="cpu"), "vae": _configured(folder / "vae", index["vae"])}
+    kind = index["kind"]
+    names = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    options = {name: None if isinstance(value, str) else value for name, value in index.items() if name in names}
+    return kind(**{**options, **models, "scheduler": scheduler})
+
+
+def _configured(folder: Path, kind: Any) -> Any:
+    """A model or scheduler of Diffusers as its configuration has it."""
+    try:
+        known = getattr(diffusers, kind)
+        return known.from_config(known.load_config(folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{folder} has no configuration of {kind} that can be read: {error}") from error
 
 
 def _bytes(modules: Iterable[nn.Module]) -> int:
@@ -172,9 +191,9 @@ def _bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list[Tensor]:
-    """A step's forward pass on latents of so many elements a side, and as many texts; all that comes out of it."""
+    """A step's forward pass on images of so many pixels a side, and as many texts; all that comes out of it."""
     family, count = family_of(pipe), training.train_batch_size
-    latents = torch.empty(count, pipe.vae.config.latent_channels, side, side, dtype=family.dtype)
+    latents = torch.empty(count, *family.latent_shape(side, side), dtype=family.dtype)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(training.mixed_precision)
     with torch.autocast("cpu", half, enabled=half is not None):
         hidden = [_encoded(encoder, texts) for encoder in text_encoders(pipe)] if training.train_text_encoder else []
@@ -188,14 +207,6 @@ def _encoded(encoder: Any, texts: int) -> Tensor:
     tokens = getattr(encoder.config, "max_position_embeddings", T5_TOKENS)
     hidden: Tensor = encoder(torch.zeros(texts, tokens, dtype=torch.long), output_hidden_states=True)[0]
     return hidden
-
-
-def _vae_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{folder} has no autoencoder's configuration that can be read: {error}") from error
-    return config
 
 
 def _activation_bytes(modules: Sequence[Any], forward: Callable[[], Any], training: TrainingConfig) -> int:

@@ -20,7 +20,8 @@ from ..report import KronAReport, krona_report
 from ..storage import write_whole
 from .checkpoints import Checkpoints
 from .data import ImagePlan, TrainingImage, load_dataset, load_folder
-from .dreambooth import image_reduction, train_dreambooth, training_resolution
+from .dreambooth import train_dreambooth, training_resolution
+from .families import family_of
 from .loop import TrainingResult, TrainingStep
 from .prior import draw_class_images
 from .reports import Trackers, Validation, model_card, run_page
@@ -82,7 +83,7 @@ def _train(settings: Settings, on_step: OnStep | None, on_class_image: Callable[
     output, data, adapter = settings.output, settings.data, settings.adapter.config()
     pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype))
     pipe.set_progress_bar_config(disable=True)
-    plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), image_reduction(pipe))
+    plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
     writes = this_process().is_main_process

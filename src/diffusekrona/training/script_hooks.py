@@ -179,7 +179,8 @@ class ScriptAdapters:
                 if own and id(parameter) in trained - own:
                     raise TrainingConfigError(
                         f"The optimizer also trains {key} of the {part}, which is no part of a KronA adapter and would "
-                        "be lost: freeze it, or name its module in KronAConfig(modules_to_save=[…])."
+                        "be lost: freeze it before the optimizer is made, or name its module in "
+                        "KronAConfig(modules_to_save=[…])."
                     )
 
     def _warn_of_rounding(self) -> None:

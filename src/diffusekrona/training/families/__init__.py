@@ -1,45 +1,33 @@
-"""What differs between families of models: how prompts are encoded, and how the denoiser is called."""
+"""The families that can be trained, one file each, and which of them a pipeline is of."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor, nn
+from importlib.metadata import entry_points
+from typing import Any
 
 from ...errors import UnsupportedPipelineError
+from .family import Family
+from .flux import Flux
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 
-__all__ = ["Family", "StableDiffusion", "StableDiffusion3", "family_of"]
+__all__ = ["Family", "families", "family_of", "register_family"]
+
+PLUGINS = "diffusekrona.families"
+"""Group of the entry points by which installed packages name families of their own."""
+
+_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux]
 
 
-class Family(Protocol):
-    """A pipeline of one family."""
+def register_family(family: type[Family]) -> type[Family]:
+    """Make a family known; also as a decorator. It comes before those that have the same denoiser."""
+    _FAMILIES.insert(0, family)
+    return family
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """Its UNet or transformer."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That the denoiser computes in."""
-
-    def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        """All that the denoiser is told of prompts, each tensor with a row per prompt."""
-
-    def example(self, count: int) -> dict[str, Tensor]:
-        """Tensors of the shapes that `encode` gives for so many prompts."""
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
-        """What the denoiser says of noisy latents.
-
-        Args:
-            noisy: (batch, channels, height, width).
-            timesteps: (batch).
-            text: what `encode` gave, with a row per latent.
-            sizes: (batch, 6), original height and width, crop top and left, target height and width.
-        """
+def families() -> list[type[Family]]:
+    """All families: those that installed packages bring, those that were registered, and our own."""
+    return [*(point.load() for point in entry_points(group=PLUGINS)), *_FAMILIES]
 
 
 def family_of(pipe: Any) -> Family:
@@ -48,20 +36,15 @@ def family_of(pipe: Any) -> Family:
     Raises:
         UnsupportedPipelineError: none of those that are known, or not for text to image.
     """
-    for family in (StableDiffusion, StableDiffusion3):
-        if all(getattr(pipe, part, None) is not None for part in family.PARTS) and hasattr(pipe, "encode_prompt"):
-            _check_channels(pipe, getattr(pipe, family.PARTS[0]))
+    known = families()
+    for family in known:
+        denoiser = getattr(pipe, family.PART, None)
+        if type(getattr(denoiser, "_orig_mod", denoiser)).__name__ == family.DENOISER:
+            if getattr(pipe, "vae", None) is None or not hasattr(pipe, "encode_prompt"):
+                break
             return family(pipe)
+    names = list(dict.fromkeys(family.NAME for family in known))
     raise UnsupportedPipelineError(
-        f"{type(pipe).__name__} is none of the pipelines that can be trained: Stable Diffusion 1.x, 2.x, SDXL and 3, "
-        f"text to image. Each needs {', '.join(StableDiffusion.PARTS)}, or a transformer in place of the UNet."
+        f"{type(pipe).__name__} is none of the pipelines that can be trained, which are those from text to image of "
+        f"{', '.join(names[:-1])} and {names[-1]}. How to add a family is in docs/families.md."
     )
-
-
-def _check_channels(pipe: Any, denoiser: Any) -> None:
-    taken, given = denoiser.config.in_channels, pipe.vae.config.latent_channels
-    if taken != given:
-        raise UnsupportedPipelineError(
-            f"The denoiser of {type(pipe).__name__} takes {taken} channels, but its autoencoder gives {given}. "
-            "Inpainting, depth and upscaling models are not supported; use the text-to-image model."
-        )

@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UnsupportedPipelineError
+from .family import Family
 
 
-class StableDiffusion:
+class StableDiffusion(Family):
     """A pipeline with a UNet.
 
     Raises:
         UnsupportedPipelineError: its UNet is told more than Stable Diffusion's or SDXL's.
     """
 
-    PARTS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
+    NAME = "Stable Diffusion 1.x, 2.x and SDXL"
+    DENOISER = "UNet2DConditionModel"
+    PART = "unet"
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
+        super().__init__(pipe)
         told = pipe.unet.config.addition_embed_type
         if told not in (None, "text_time"):
             raise UnsupportedPipelineError(
@@ -29,21 +32,9 @@ class StableDiffusion:
             )
         self._is_sdxl = told == "text_time"
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """The UNet."""
-        unet: nn.Module = self._pipe.unet
-        return unet
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the UNet's first layer; its own `dtype` may be that of a factor."""
-        dtype: torch.dtype = self._pipe.unet.conv_in.weight.dtype
-        return dtype
-
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """Hidden states (prompts, tokens, width) and, for SDXL, pooled embeddings (prompts, projection)."""
-        outputs = self._pipe.encode_prompt(
+        outputs = self.pipe.encode_prompt(
             prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         pooled = {"pooled": outputs[2]} if self._is_sdxl else {}
@@ -51,7 +42,7 @@ class StableDiffusion:
 
     def example(self, count: int) -> dict[str, Tensor]:
         """Of CLIP's 77 tokens."""
-        config = self._pipe.unet.config
+        config = self.denoiser.config
         text = {"hidden": torch.empty(count, 77, config.cross_attention_dim, dtype=self.dtype)}
         if self._is_sdxl:
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -61,7 +52,7 @@ class StableDiffusion:
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         """What the UNet says."""
         added = {"added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": sizes}} if self._is_sdxl else {}
-        prediction: Tensor = self._pipe.unet(
+        prediction: Tensor = self.denoiser(
             noisy, timesteps, encoder_hidden_states=text["hidden"], return_dict=False, **added
         )[0]
         return prediction

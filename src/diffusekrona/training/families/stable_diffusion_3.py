@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .family import Family
 
 
-class StableDiffusion3:
+class StableDiffusion3(Family):
     """A pipeline with an SD3 transformer."""
 
-    PARTS = ("transformer", "vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The transformer."""
-        transformer: nn.Module = self._pipe.transformer
-        return transformer
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the transformer's first layer."""
-        dtype: torch.dtype = self._pipe.transformer.pos_embed.proj.weight.dtype
-        return dtype
+    NAME = "Stable Diffusion 3 and 3.5"
+    DENOISER = "SD3Transformer2DModel"
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """Hidden states (prompts, tokens, width) and pooled embeddings (prompts, projection)."""
-        hidden, _, pooled, _ = self._pipe.encode_prompt(
+        hidden, _, pooled, _ = self.pipe.encode_prompt(
             prompt=prompts, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
         )
         return {"hidden": hidden, "pooled": pooled}
 
     def example(self, count: int) -> dict[str, Tensor]:
         """Of CLIP's 77 tokens and 256 of T5's."""
-        config = self._pipe.transformer.config
+        config = self.denoiser.config
         return {
             "hidden": torch.empty(count, 77 + 256, config.joint_attention_dim, dtype=self.dtype),
             "pooled": torch.empty(count, config.pooled_projection_dim, dtype=self.dtype),
@@ -45,7 +31,7 @@ class StableDiffusion3:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         """What the transformer says; it is not told of sizes."""
-        prediction: Tensor = self._pipe.transformer(
+        prediction: Tensor = self.denoiser(
             hidden_states=noisy,
             timestep=timesteps,
             encoder_hidden_states=text["hidden"],

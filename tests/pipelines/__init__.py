@@ -1,0 +1,28 @@
+"""Tiny pipelines with random weights, for tests that need a whole Stable Diffusion without a download.
+
+All work on 32 x 32 images (latents 4 x 8 x 8) and are built in a fraction of a second. The weights come from
+a seed, so two calls give equal pipelines. Every attention projection is 64 or 128 wide on either side, so the
+default factors (a1, a2) = (4, 64) fit all of them, in the UNet or transformer and in the text encoders.
+"""
+
+from tests.pipelines.flux import packed, tiny_flux_pipeline
+from tests.pipelines.parts import IMAGE_SIZE, TEXT_WIDTH, Tiny
+from tests.pipelines.stable_diffusion import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+
+FAMILIES = {
+    "flux": Tiny(tiny_flux_pipeline, packed, packed),
+    "sd": Tiny(tiny_sd_pipeline),
+    "sd3": Tiny(tiny_sd3_pipeline),
+    "sdxl": Tiny(tiny_sdxl_pipeline),
+}
+"""A pipeline of each family that can be trained."""
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE_SIZE",
+    "TEXT_WIDTH",
+    "tiny_flux_pipeline",
+    "tiny_sd3_pipeline",
+    "tiny_sd_pipeline",
+    "tiny_sdxl_pipeline",
+]
