@@ -12,7 +12,6 @@ from diffusekrona.files.formats.loha import LoHa
 from diffusekrona.files.formats.lora import LoRA
 from diffusekrona.files.formats.updates import KroneckerUpdate, Update
 from diffusekrona.files.parts import Assembled, Piece, assembled, cut
-from diffusekrona.files.read import has_delta
 
 D, H = 12, 8
 
@@ -157,7 +156,7 @@ def test_other_mixtures_are_put_together_densely(second: Update) -> None:
     first = krona(d=6)
     whole = assembled([Piece(second, (8, 14)), Piece(first, (0, 6))], 16)
     assert isinstance(whole, Assembled)
-    assert has_delta(whole)
+    assert whole.has_delta
     weight = random(16, H, seed=9)
     expected = torch.cat([first.delta(), torch.zeros(2, H), second.delta(), torch.zeros(2, H)])
     close(whole.delta(), expected)
@@ -170,7 +169,7 @@ def test_magnitudes_count_for_the_rows_of_their_piece() -> None:
     pieces = [replace(krona(d=6, seed=n), dora_scale=random(*size).abs()) for n, size in enumerate([(6, 1), (1, H)])]
     whole = assembled([Piece(pieces[0], (0, 6)), Piece(pieces[1], (6, 12))], 12)
     close(whole.change(weight), torch.cat([pieces[0].change(weight[:6]), pieces[1].change(weight[6:])]))
-    assert not has_delta(whole)  # so nothing is nearest to it
+    assert not whole.has_delta  # so nothing is nearest to it
 
 
 def test_pieces_that_change_a_bias_alone_leave_the_weight() -> None:

@@ -54,6 +54,11 @@ class Assembled(Update):
         """Whether the weight stays as it is."""
         return not self._of_weight()
 
+    @property
+    def has_delta(self) -> bool:
+        """Whether ΔW of every piece is the same for every weight."""
+        return all(update.has_delta for update, _ in self.pieces)
+
     def delta(self) -> Tensor:
         """ΔW in fp32."""
         deltas = [(update.delta(), into) for update, into in self._of_weight()]

@@ -34,6 +34,11 @@ class Full(Update):
         return self.diff is None
 
     @property
+    def of_norm(self) -> bool:
+        """Whether it is for the weight of a norm, or for nothing but a bias."""
+        return self.diff is None or self.diff.dim() == 1
+
+    @property
     def shape(self) -> torch.Size | None:
         """The weight's; None where only the bias changes."""
         return None if self.diff is None else self.diff.shape

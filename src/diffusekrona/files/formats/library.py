@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterFileError
-from .updates import Common, LayerTensors, Update
+from .updates import Common, LayerTensors, Update, by
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -54,6 +54,11 @@ class LibraryUpdate(Update):
             f"{self.where} is {self.kind} on a layer that is several in this model, and what it does to one of them "
             "depends on the others: merge it with the program that made it."
         )
+
+    @property
+    def has_delta(self) -> bool:
+        """False: ΔW depends on the weight."""
+        return False
 
     @property
     def shapes(self) -> str:
@@ -120,8 +125,3 @@ def common(layer: LayerTensors, *switches: str) -> Common:
             "holds DoRA's magnitudes beside a method that multiplies the weight, which do not go together"
         )
     return fields
-
-
-def by(shape: torch.Size) -> str:
-    """A shape in words."""
-    return " × ".join(map(str, shape)) or "a single number"

@@ -60,7 +60,8 @@ def read(layer: LayerTensors) -> LoHa:
     Raises:
         AdapterFileError: a factor is missing, not finite, or they do not fit each other.
     """
-    peft_configs.settings(layer, "LOHA")
+    if layer.peft_config is not None:
+        peft_configs.check(layer, layer.peft_config, "LOHA")
     names = ("w1_a", "w1_b", "w2_a", "w2_b")
     w1_a, w1_b, w2_a, w2_b = (layer.matrix(name) for name in names)
     cores = None

@@ -32,7 +32,8 @@ def read(layer: LayerTensors) -> KroneckerUpdate:
         AdapterFileError: a factor is missing, not finite, or its parts do not fit each other; or PEFT's config says
             something that the factors do not tell.
     """
-    peft_configs.settings(layer, "LOKR")
+    if layer.peft_config is not None:
+        peft_configs.check(layer, layer.peft_config, "LOKR")
     w1, rank, _ = _factor(layer, "w1", (2,))
     w2, w2_rank, parts = _factor(layer, "w2", (2, 3, 4, 5))
     if parts is not None:

@@ -93,9 +93,11 @@ def read(layer: LayerTensors) -> Update:
     layer.check(flat(up).shape[1] == up.shape[1] == (down if mid is None else mid).shape[0], "up", "down", "mid")
     if mid is not None:
         layer.check(mid.shape[1] == down.shape[0] and flat(down).shape[1] == down.shape[1], "mid", "down")
-    config = peft_configs.settings(layer, "LORA")
+    config = layer.peft_config
+    if config is not None:
+        peft_configs.check(layer, config, "LORA")
     scale, common = layer.scale(down.shape[0]), layer.common()
-    if peft_configs.is_rebased(config):
+    if config is not None and peft_configs.is_rebased(config):
         return peft_modules.rebased_lora(layer, up, down)
     if "up_bias" in layer.parts:
         common["bias"] = scale * layer.parts["up_bias"].float().flatten()

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterFileError
-from .library import LibraryUpdate, by, common, layer_around
-from .updates import LayerTensors, flat
+from .library import LibraryUpdate, common, layer_around
+from .updates import LayerTensors, by, flat
 
 _BLOCKS = "oft_blocks"
 OFT_PARTS = {f".{name}": name for name in (_BLOCKS, *(f"{_BLOCKS}.{number}" for number in range(4)), "rescale")}
@@ -127,7 +127,7 @@ class GLoRA(_LycorisUpdate):
         """The module's update, on the CPU: elsewhere LyCORIS picks kernels that round otherwise."""
         b1, b2 = self.tensors["b1"], self.tensors["b2"]
         if (len(b1), *b2.shape[1:]) != tuple(weight.shape):
-            raise self.misfit(f"of {by(torch.Size([len(b1), *b2.shape[1:]]))}", weight)
+            raise self.misfit(f"of {by([len(b1), *b2.shape[1:]])}", weight)
         module = self.module("GLoRAModule")("", layer_around(weight.cpu()), 1, len(b2))
         for part, tensor in self.tensors.items():
             getattr(module, part).weight.copy_(tensor)

@@ -39,16 +39,14 @@ REBASED = {"pissa", "olora"}
 """Ways that take something out of the base's weights, which those weights alone determine."""
 
 
-def settings(layer: LayerTensors, method: str) -> Mapping[str, Any] | None:
-    """PEFT's config of a layer, all of whose fields are known to be used or without meaning; None if there is none.
+def check(layer: LayerTensors, config: Mapping[str, Any], method: str) -> None:
+    """Raise `AdapterFileError` unless all of a config's fields are known to be used or without meaning for a layer.
 
-    Raises:
-        AdapterFileError: it is for another method, or has a field that changes what the layer computes.
+    Args:
+        layer: which the config is for.
+        config: as `LayerTensors.peft_config` gives it.
+        method: which the layer's tensors are of, "LORA", "LOKR" or "LOHA".
     """
-    found = None if layer.scales is None else layer.scales.of_layer(layer.name)
-    if found is None:
-        return None
-    _, config = found
     stated = config.get("peft_type")
     if stated not in (None, method):
         raise layer.error(f"has a config of PEFT's {stated}, whose tensors only PEFT reads")
@@ -65,9 +63,8 @@ def settings(layer: LayerTensors, method: str) -> Mapping[str, Any] | None:
             "before training in a way that the file does not tell. Merge it with the program that made it, or convert "
             "it there to a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return config
 
 
-def is_rebased(config: Mapping[str, Any] | None) -> bool:
+def is_rebased(config: Mapping[str, Any]) -> bool:
     """Whether the factors count from a base that the start of training changed, see `REBASED`."""
-    return config is not None and str(config.get("init_lora_weights")).lower() in REBASED
+    return str(config.get("init_lora_weights")).lower() in REBASED

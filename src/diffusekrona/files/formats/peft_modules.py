@@ -37,8 +37,8 @@ from ...tuner.compat import BaseTunerLayer, block_diagonals, scales_inputs
 from ...tuner.names import PEFT_PREFIX
 from ...tuner.patterns import check_expressions, check_matching
 from .krona import CONFIG_NAME
-from .library import LibraryUpdate, by, common, layer_around
-from .updates import LayerTensors
+from .library import LibraryUpdate, common, layer_around
+from .updates import LayerTensors, by
 
 OFT_PARTS = {
     ".oft_R.weight": "oft_R.weight",
@@ -180,7 +180,7 @@ def read_oft(layer: LayerTensors) -> PeftUpdate:
     """
     found = common(layer, "scaled_oft")
     vectors = layer.matrix("oft_R.weight")
-    if _of_layer(layer) is None and not layer.name.startswith(PEFT_PREFIX):
+    if layer.peft_config is None and not layer.name.startswith(PEFT_PREFIX):
         return _onetrainer(layer, vectors)
     if "scaled_oft" in layer.parts:
         raise layer.error("holds scaled_oft, which only OneTrainer's files have, which come without PEFT's config")
@@ -235,13 +235,9 @@ def _onetrainer(layer: LayerTensors, vectors: Tensor) -> OneTrainerOFT:
     return OneTrainerOFT({"oft_R.weight": vectors}, "layer", config, kind="oft", **common(layer, "scaled_oft"))
 
 
-def _of_layer(layer: LayerTensors) -> tuple[str, Mapping[str, Any]] | None:
-    return None if layer.scales is None else layer.scales.of_layer(layer.name)
-
-
 def _settings(layer: LayerTensors, method: str) -> tuple[str, Mapping[str, Any]]:
     """The layer's name in its model, and the config for it as the file has it."""
-    found = _of_layer(layer)
+    found = None if layer.scales is None else layer.scales.of_layer(layer.name)
     if found is None:
         raise layer.error(
             f"is of PEFT's {method}, which is nothing without its config: keep {CONFIG_NAME} beside the weights"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,16 @@ class Update(ABC):
         return False
 
     @property
+    def of_norm(self) -> bool:
+        """Whether it is for the weight of a norm, or for nothing but a bias."""
+        return self.bias_only
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether ΔW is the same for every weight, so that it can be approximated."""
+        return self.dora_scale is None
+
+    @property
     def shape(self) -> torch.Size | None:
         """Of ΔW as `delta` gives it; None where that depends on the weight."""
         return None
@@ -55,7 +65,7 @@ class Update(ABC):
         """Raise `AdapterFileError` if ΔW is larger than any weight, though its factors are small."""
         if self.shape is not None and self.shape.numel() > LARGEST_UPDATE:
             raise AdapterFileError(
-                f"{self.where} is an update of {_by(self.shape)}, larger than any weight: the file is damaged, or made "
+                f"{self.where} is an update of {by(self.shape)}, larger than any weight: the file is damaged, or made "
                 "to do harm."
             )
 
@@ -74,7 +84,7 @@ class Update(ABC):
         """
         if self.shape is not None and not _fits(self.shape, weight.shape):
             raise AdapterFileError(
-                f"{self.where} was made for a weight of {_by(self.shape)}, but the one here is {_by(weight.shape)}; "
+                f"{self.where} was made for a weight of {by(self.shape)}, but the one here is {by(weight.shape)}; "
                 "the file is for another model."
             )
         delta = self.delta().to(weight.device).reshape(weight.shape)
@@ -164,6 +174,12 @@ class LayerTensors:
     parts: Mapping[str, Tensor]
     scales: Scales | None = None
 
+    @property
+    def peft_config(self) -> Mapping[str, Any] | None:
+        """PEFT's config that is for this layer, from the file's header; None if there is none."""
+        found = None if self.scales is None else self.scales.of_layer(self.name)
+        return None if found is None else found[1]
+
     def common(self) -> Common:
         """The fields that every kind of update has.
 
@@ -193,7 +209,7 @@ class LayerTensors:
             raise self.error(f"lacks {part}: it has only {', '.join(sorted(self.parts))}")
         if tensor.dim() not in dims or not tensor.numel():
             wanted = " or ".join(map(str, dims))
-            raise self.error(f"holds {part} of shape {_by(tensor.shape)}, where {wanted} dimensions are expected")
+            raise self.error(f"holds {part} of shape {by(tensor.shape)}, where {wanted} dimensions are expected")
         return tensor.float().contiguous()
 
     def check_product(self, *sizes: int, most: int = LARGEST_PRODUCT) -> None:
@@ -215,7 +231,7 @@ class LayerTensors:
         if alpha is None:
             return scales.of(self.name, rank)
         if alpha.numel() != 1:
-            raise self.error(f"holds an alpha of shape {_by(alpha.shape)}, where one number is expected")
+            raise self.error(f"holds an alpha of shape {by(alpha.shape)}, where one number is expected")
         if rank is not None and not math.isfinite(float(alpha)):
             raise self.error(f"holds {float(alpha)} as its alpha: its training failed, or the file is damaged")
         return scales.of(self.name, rank, float(alpha))
@@ -227,7 +243,7 @@ class LayerTensors:
     def check(self, fits: bool, *parts: str) -> None:
         """Raise an error that names the shapes of the parts, unless they fit each other."""
         if not fits:
-            shapes = ", ".join(f"{part} of {_by(self.parts[part].shape)}" for part in parts if part in self.parts)
+            shapes = ", ".join(f"{part} of {by(self.parts[part].shape)}" for part in parts if part in self.parts)
             raise self.error(f"holds {shapes}, which do not fit each other; the file is damaged")
 
     def _dora_scale(self) -> Tensor | None:
@@ -252,8 +268,8 @@ def _decomposed(direction: Tensor, magnitude: Tensor, where: str) -> Tensor:
     per_output = magnitude.shape[:1] == (d,) and magnitude.numel() == d
     if not per_output and not (magnitude.shape[1:2] == (h,) and magnitude.numel() == h):
         raise AdapterFileError(
-            f"{where} holds DoRA magnitudes of {_by(magnitude.shape)}, which fit neither the {d} outputs nor the {h} "
-            f"inputs of the weight of {_by(direction.shape)}; the file is for another model."
+            f"{where} holds DoRA magnitudes of {by(magnitude.shape)}, which fit neither the {d} outputs nor the {h} "
+            f"inputs of the weight of {by(direction.shape)}; the file is for another model."
         )
     kept = 0 if per_output else 1
     norm: Tensor = torch.linalg.vector_norm(
@@ -263,7 +279,8 @@ def _decomposed(direction: Tensor, magnitude: Tensor, where: str) -> Tensor:
     return direction * (magnitude.reshape(norm.shape) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
 
-def _by(shape: torch.Size) -> str:
+def by(shape: Iterable[int]) -> str:
+    """A shape in words."""
     return " × ".join(map(str, shape)) or "a single number"
 
 
