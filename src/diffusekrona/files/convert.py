@@ -18,8 +18,10 @@ from .formats import Format
 from .formats.krona import SavedAdapter
 from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
+from .kronecker import as_krona
+from .layouts.layout import Place
 from .merge_base import folder_components
-from .read import Place, as_krona, has_delta, is_of_norm, read_adapters, updates_in
+from .read import read_adapters, updates_in
 from .unused import STRICT, Reading, Unused, few
 from .write import Say, check_output, write
 
@@ -129,7 +131,7 @@ def write_nearest(
 def _approximable(updates: Mapping[Place, Update], source: Path, reading: Reading) -> dict[Place, Update]:
     """Those of some updates that are the same for every base, without their biases; the rest is unused."""
     unused = Unused(str(source), reading.on_unused)
-    bound = [in_component(*place) for place, update in updates.items() if not has_delta(update)]
+    bound = [in_component(*place) for place, update in updates.items() if not update.has_delta]
     if bound:
         unused.add(
             f"{source} has {len(bound)} layers whose updates depend on the base's weights (DoRA's, or of a method that "
@@ -140,10 +142,10 @@ def _approximable(updates: Mapping[Place, Update], source: Path, reading: Readin
         unused.add(
             f"{source} changes the biases of {len(biased)} layers, which no adapter of ours does: {few(biased)}."
         )
-    norms = [in_component(*place) for place, update in updates.items() if is_of_norm(update) and not update.bias_only]
+    norms = [in_component(*place) for place, update in updates.items() if update.of_norm and not update.bias_only]
     if norms:
         unused.add(f"{source} changes {len(norms)} norms, which no adapter of ours does: {few(norms)}.")
-    found = {place: update for place, update in updates.items() if has_delta(update) and not is_of_norm(update)}
+    found = {place: update for place, update in updates.items() if update.has_delta and not update.of_norm}
     unused.report(len(found))
     return found
 
@@ -290,7 +292,7 @@ def _norm_bound(delta: Delta) -> float:
 def _fits(update: Update, component: nn.Module, name: str) -> bool:
     weight = component.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    if not has_delta(update) or update.bias_only:
+    if not update.has_delta or update.bias_only:
         return True
     rows, columns = _size(_delta(update))
     return rows == len(weight) and columns == weight[0].numel()

@@ -19,9 +19,9 @@ from ..tuner.targets import target_layers
 from .convert import Conversion, Progress, Target, write_nearest
 from .formats import Format
 from .formats.updates import Update
+from .layouts.layout import Place
 from .layouts.names import foreign_names
 from .merge_base import folder_components
-from .read import Place
 from .write import check_output
 
 

@@ -24,8 +24,9 @@ from .formats.library import LibraryUpdate
 from .formats.loha import LoHa
 from .formats.lora import LoRA
 from .formats.updates import LARGEST_PRODUCT, KroneckerUpdate, Update, flat
+from .kronecker import krona_update
 from .provenance import KNOWN_OTHERS, made_by, made_for_model, naming_of, not_an_adapter
-from .read import are_ours, has_delta, is_of_norm, krona_update, opened
+from .read import are_ours, opened
 from .unused import Unused
 from .write import check_fits
 
@@ -207,7 +208,7 @@ _EXACT = "KronA, LoKr: exactly (load_krona, diffusekrona convert)"
 def _becomes(updates: list[Update]) -> list[str]:
     """What a file of another program can be converted to, and how many of its layers."""
     exact = [update for update in updates if isinstance(update, KroneckerUpdate) and update.dora_scale is None]
-    approximable = [update for update in updates if has_delta(update) and not is_of_norm(update)]
+    approximable = [update for update in updates if update.has_delta and not update.of_norm]
     found = []
     if exact:
         found.append(_of(_EXACT if exact[0].layout == "kron" else "KronA: exactly (load_krona)", exact, updates))

@@ -17,7 +17,8 @@ from ..tuner.components import adaptable_components
 from ..tuner.injected import krona_layers
 from ..tuner.merged import check_in_memory
 from .formats.updates import Update
-from .read import Place, updates_in
+from .layouts.layout import Place
+from .read import updates_in
 from .unused import AlphaOfWhole, OnUnused, Reading
 
 ParameterPlace = tuple[str, str, str]

@@ -1,8 +1,7 @@
-"""Adapter files of any program, opened once: as KronA adapters of a model, or as the updates of its layers."""
+"""Adapter files of any program, opened once and checked against a model: as KronA adapters, or as layers' updates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,29 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError, ConfigError, FactorShapeError
-from ..kron.costs import cheapest_order, krona_multiply_adds
-from ..kron.shapes import update_shapes
 from ..storage import TensorFile, read_safetensors
 from ..tuner.compat import ModulesToSaveWrapper
-from ..tuner.config import KronAConfig
-from ..tuner.names import FACTORS, PREFIX, factor_name, in_component, is_denoiser, layer_of
-from ..tuner.targets import common_and_pattern, layer_alpha, layer_shapes, target_layers, target_only
+from ..tuner.names import PREFIX, factor_name, is_denoiser, layer_of
+from ..tuner.targets import layer_shapes, target_layers
 from .formats import foreign
 from .formats import krona as krona_format
-from .formats.full import Full
 from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
-from .formats.library import LibraryUpdate
-from .formats.updates import LARGEST_PRODUCT, LARGEST_UPDATE, KroneckerUpdate, Update
-from .layouts.layout import outputs
+from .formats.updates import Update, by
+from .kronecker import as_krona, krona_update, kronecker_only
+from .layouts.layout import Place, outputs
 from .layouts.names import Target, resolve
-from .parts import Assembled, Piece, assembled, cut
-from .unused import STRICT, Reading, Unused, few
-
-FEW_TERMS = 8
-"""Products that a layer's adapter may always sum; where there are more, they have to be cheaper than the weight."""
-
-Place = tuple[str, str]
-"""Component and name of a layer."""
+from .parts import Piece, assembled, cut
+from .unused import STRICT, Reading, Unused
 
 
 def read_adapters(
@@ -52,10 +41,10 @@ def read_adapters(
     ours = are_ours(files)
     unused = Unused(str(source), reading.on_unused)
     if ours:
-        adapters = by_component(krona_format.read(files), components, source, unused)
+        adapters = _by_component(krona_format.read(files), components, source, unused)
         unused.report(len({(part, layer_of(key)) for part, saved in adapters.items() for key in saved.tensors}))
     else:
-        layers = kronecker_only(foreign_updates(files, components, reading, unused), components, source, unused)
+        layers = kronecker_only(_foreign_updates(files, components, reading, unused), source, unused)
         unused.report(len(layers))
         adapters = as_krona(layers, components, source)
     for part, saved in adapters.items():
@@ -78,10 +67,10 @@ def updates_in(source: Path, components: Mapping[str, nn.Module], reading: Readi
     unused = Unused(str(source), reading.on_unused)
     updates: dict[Place, Update] = {}
     if not are_ours(files):
-        updates = foreign_updates(files, components, reading, unused)
+        updates = _foreign_updates(files, components, reading, unused)
         unused.report(len(updates))
         return updates
-    for part, saved in by_component(krona_format.read(files), components, source, unused).items():
+    for part, saved in _by_component(krona_format.read(files), components, source, unused).items():
         check_fit(components[part], saved)
         if saved.config.modules_to_save:
             unused.add(
@@ -129,23 +118,10 @@ def are_ours(files: Mapping[str, TensorFile]) -> bool:
     return any(HEADER in file.metadata or any(f".{PREFIX}" in name for name in file.tensors) for file in files.values())
 
 
-def foreign_updates(
-    files: Mapping[str, TensorFile],
-    components: Mapping[str, nn.Module],
-    reading: Reading = STRICT,
-    unused: Unused | None = None,
+def _foreign_updates(
+    files: Mapping[str, TensorFile], components: Mapping[str, nn.Module], reading: Reading, unused: Unused
 ) -> dict[Place, Update]:
-    """What other programs' files say about each layer of a model.
-
-    Args:
-        files: by component, as `opened` gives them.
-        components: the model's.
-        reading: how to read what programs disagree about.
-        unused: collects what does not fit the model; without it, that is an error.
-
-    Raises:
-        AdapterFileError: a file is damaged, or names layers that the model does not have.
-    """
+    """What other programs' files say about each layer of a model; what does not fit it is unused."""
     pieces: dict[Place, list[Piece]] = {}
     for part, file in files.items():
         found = foreign.read(file, reading, unused)
@@ -172,72 +148,15 @@ def _pieces(update: Update, target: Target, components: Mapping[str, nn.Module])
         yield (target.component, part.module), Piece(own, part.into)
 
 
-def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
-    """The update of a layer in an adapter of ours.
-
-    Raises:
-        AdapterFileError: a factor is missing.
-    """
-    factors = {
-        key: saved.tensors[factor_name(name, key)].float() for key in FACTORS if factor_name(name, key) in saved.tensors
-    }
-    if factors.keys() not in ({"A", "B"}, {"A", "B1", "B2"}):
-        raise AdapterFileError(f"{saved.source} has not all factors of the layer {name}.")
-    _check_factors(factors, f"{saved.source}: the layer {name}")
-    b_parts = None if "B" in factors else (factors["B1"], factors["B2"])
-    return KroneckerUpdate(
-        factors["A"],
-        factors["B"] if b_parts is None else torch.matmul(*b_parts),
-        layer_alpha(saved.config, name),
-        b_parts if b_parts is not None and b_parts[0].dim() == 2 else None,
-        layout=saved.config.layout,
-        kind="krona",
-        where=f"{saved.source}: the layer {name}",
-        parameters=sum(factor.numel() for factor in factors.values()),
-    )
-
-
-def _check_factors(factors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `AdapterFileError` unless A and B, or A and B1·B2, make an update, whatever model it may be for."""
-    left, *right = factors.values()
-    shapes = [factor.shape for factor in factors.values()]
-    alike = left.dim() in (2, 3) and all(factor.dim() == left.dim() for factor in right) and all(map(math.prod, shapes))
-    if (
-        not alike
-        or any(shape[:-2] != left.shape[:-2] for shape in shapes)
-        or (len(right) == 2 and shapes[1][-1] != shapes[2][-2])
-    ):
-        found = ", ".join(f"{key} of {_times(tuple(factor.shape))}" for key, factor in factors.items())
-        raise AdapterFileError(f"{where} has {found}, which do not fit each other; the file is damaged.")
-    if not all(bool(factor.isfinite().all()) for factor in factors.values()):
-        raise AdapterFileError(f"{where} holds an infinity or a NaN: its training failed, or the file is damaged.")
-    size = (left.shape[-2] * shapes[1][-2], left.shape[-1] * shapes[-1][-1])
-    product = math.prod((*shapes[1][:-1], shapes[-1][-1])) if len(right) == 2 else 0
-    if product > LARGEST_PRODUCT or math.prod(size) > LARGEST_UPDATE:
-        raise AdapterFileError(
-            f"{where} is an update of {_times(size)}, or has a B, larger than any weight: the file is damaged, or made "
-            "to do harm."
-        )
-
-
-def by_component(
-    saved: dict[str, SavedAdapter],
-    components: Mapping[str, nn.Module],
-    source: Path,
-    unused: Unused | None = None,
+def _by_component(
+    saved: dict[str, SavedAdapter], components: Mapping[str, nn.Module], source: Path, unused: Unused
 ) -> dict[str, SavedAdapter]:
-    """The adapters of a file by the components of a model that they are for.
+    """The adapters of a file of ours by the components of a model that they are for; those of others are unused.
 
     A single module's adapter fits a pipeline's denoiser, and the denoiser's a single module.
 
-    Args:
-        saved: by the file's components.
-        components: the model's.
-        source: what to call the file in errors.
-        unused: collects components that the model lacks; without it, they are an error.
-
     Raises:
-        AdapterFileError: the model lacks a component, or all of them.
+        AdapterFileError: the model lacks all of them.
     """
     found = {part: saved[part] for part in components if part in saved}
     denoisers = [part for part in saved if is_denoiser(part)]
@@ -248,100 +167,13 @@ def by_component(
     else:
         missing = [part for part in saved if part not in found]
     if missing:
-        not_used = unused or Unused(str(source))
-        not_used.add(
+        unused.add(
             f"{source} holds an adapter for {', '.join(sorted(saved))}, but this model has "
             f"{', '.join(part or 'no named components' for part in components)}."
         )
-        if unused is None or not found:
-            not_used.report(len(found))
+        if not found:
+            unused.report(0)
     return found
-
-
-def kronecker_only(
-    updates: Mapping[Place, Update], components: Mapping[str, nn.Module], source: Path, unused: Unused
-) -> dict[Place, KroneckerUpdate]:
-    """Those of some updates that an adapter of ours can be; the others are noted as unused."""
-    layers: dict[Place, KroneckerUpdate] = {}
-    others: dict[tuple[str, bool], list[str]] = {}
-    for (part, name), update in updates.items():
-        label = in_component(part, name)
-        if isinstance(update, KroneckerUpdate) and update.dora_scale is None:
-            if update.bias is not None:
-                reason = f"{source} changes biases, which no adapter of ours does"
-                others.setdefault((reason, False), []).append(label)
-            if update.num_terms <= FEW_TERMS or _pays(update):
-                layers[part, name] = update
-                continue
-            reason = (
-                f"{source} has layers that are rows of one product; in this model they would be sums of up to "
-                f"{update.num_terms} products, which cost more than the whole weight"
-            )
-            others.setdefault((reason, True), []).append(label)
-            continue
-        approximable = has_delta(update) and not is_of_norm(update)
-        others.setdefault((_no_product(update, source), approximable), []).append(label)
-    for (reason, approximable), names in others.items():
-        nearest = "; `diffusekrona convert --budget` finds the nearest Kronecker products" if approximable else ""
-        unused.add(
-            f"{reason} ({len(names)} of {len(updates)} layers: {few(names)}). merge_file(pipe, path) merges them into "
-            f"the weights exactly{nearest}."
-        )
-    return layers
-
-
-def has_delta(update: Update) -> bool:
-    """Whether an update is the same for every weight, so that it can be approximated."""
-    if isinstance(update, Assembled):
-        return all(has_delta(piece) for piece, _ in update.pieces)
-    return update.dora_scale is None and not isinstance(update, LibraryUpdate)
-
-
-def is_of_norm(update: Update) -> bool:
-    """Whether an update is for the weight of a norm, or for nothing but a bias."""
-    return update.bias_only or (isinstance(update, Full) and update.diff is not None and update.diff.dim() == 1)
-
-
-def _pays(update: KroneckerUpdate) -> bool:
-    """Whether a sum of products takes fewer multiply-adds than the weight that it is added to."""
-    shapes = update.shapes
-    return update.num_terms * krona_multiply_adds(shapes, cheapest_order(shapes)) <= shapes.d * shapes.h
-
-
-def as_krona(
-    layers: Mapping[Place, KroneckerUpdate], components: Mapping[str, nn.Module], source: Path
-) -> dict[str, SavedAdapter]:
-    """The same updates as a KronA adapter of each component.
-
-    Raises:
-        AdapterFileError: layouts differ.
-    """
-    if len({layer.layout for layer in layers.values()}) > 1:
-        raise AdapterFileError(f"{source} mixes LoKr with layers of the paper authors' layout, which is not supported.")
-    return {
-        part: _adapter({name: one for (of, name), one in layers.items() if of == part}, components[part], source)
-        for part in dict.fromkeys(part for part, _ in layers)
-    }
-
-
-def _no_product(update: Update, source: Path) -> str:
-    if isinstance(update, Assembled):
-        for piece, _ in update.pieces:
-            if not isinstance(piece, KroneckerUpdate) or piece.dora_scale is not None:
-                return _no_product(piece, source)
-        return f"{source} has products of other shapes for parts of what is one layer in this model"
-    if update.bias_only:
-        return f"{source} changes biases, which no adapter of ours does"
-    if isinstance(update, LibraryUpdate) and update.kind == "lora":
-        return f"{source} holds LoRA updates from PiSSA or OLoRA, which count from other weights than the base's"
-    if isinstance(update, LibraryUpdate):
-        return f"{source} holds {update.kind} updates, which multiply the base's weights"
-    if update.dora_scale is not None:
-        return f"{source} holds DoRA updates, which depend on the base's weights"
-    if is_of_norm(update):
-        return f"{source} changes norms, which no adapter of ours does"
-    kind = {"lora": "LoRA", "loha": "LoHa"}.get(update.kind, "whole")
-    return f"{source} holds {kind} updates, which are no Kronecker products, so they cannot become an adapter exactly"
 
 
 def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -> None:
@@ -354,7 +186,7 @@ def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -
     expected = {**factors, **_expected_copies(component, saved)}
     present = {key: tuple(tensor.shape) for key, tensor in saved.tensors.items()}
     misshapen = [
-        f"{key} is {_times(present[key])}, not {_times(shape)}"
+        f"{key} is {by(present[key])}, not {by(shape)}"
         for key, shape in expected.items()
         if present.get(key, shape) != shape
     ]
@@ -422,51 +254,3 @@ def _is_finite(tensor: Tensor) -> bool:
 def _list(what: str, items: list[str], shown: int = 3) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return f"{len(items)} tensor(s) {what}: {', '.join(items[:shown])}{more}" if items else ""
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) or "a single number"
-
-
-def _adapter(layers: Mapping[str, KroneckerUpdate], component: nn.Module, source: Path) -> SavedAdapter:
-    b_rank = _common_b_rank(layers)
-    (a1, a2), factor_pattern = common_and_pattern({name: layer.shapes[:2] for name, layer in layers.items()})
-    alpha, alpha_pattern = common_and_pattern({name: layer.scale for name, layer in layers.items()})
-    num_terms, terms_pattern = common_and_pattern({name: layer.num_terms for name, layer in layers.items()})
-    config = KronAConfig(
-        a1=a1,
-        a2=a2,
-        alpha=alpha,
-        num_terms=num_terms,
-        b_rank=b_rank,
-        layout=next(iter(layers.values())).layout,
-        factor_pattern=factor_pattern,
-        alpha_pattern=alpha_pattern,
-        terms_pattern=terms_pattern,
-    )
-    target_only(config, component, layers)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[factor_name(name, "A")] = layer.A.contiguous()
-        if b_rank is not None and layer.b_parts is not None:
-            for key, part in zip(("B1", "B2"), layer.b_parts, strict=True):
-                tensors[factor_name(name, key)] = part.contiguous()
-        else:
-            tensors[factor_name(name, "B")] = layer.B.contiguous()
-    return SavedAdapter(config, tensors, source)
-
-
-def _common_b_rank(layers: Mapping[str, KroneckerUpdate]) -> int | None:
-    """The rank with which `KronAConfig` would make products of just those B that are products; None if there is none.
-
-    Without one, products are multiplied out, which is the same function.
-    """
-    ranks = {layer.b_parts[0].shape[1] for layer in layers.values() if layer.b_parts is not None}
-    if len(ranks) != 1:
-        return None
-    rank = ranks.pop()
-    agree = all(
-        (update_shapes(layer.shapes, b_rank=rank).b_rank is not None) == (layer.b_parts is not None)
-        for layer in layers.values()
-    )
-    return rank if agree else None

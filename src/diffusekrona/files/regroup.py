@@ -14,12 +14,11 @@ from ..tuner.names import unwrapped_name
 from ..tuner.targets import layer_shapes, target_layers
 from .formats.krona import SavedAdapter
 from .formats.updates import KroneckerUpdate
-from .layouts.attention import redirected, redirections
+from .kronecker import krona_update
 from .layouts.families import layout_of
-from .layouts.layout import Part, outputs
+from .layouts.layout import Part, outputs, redirected, redirections
 from .layouts.programs import Naming, layer_name, original_layers
 from .parts import Piece, assembled, cut
-from .read import krona_update
 
 
 @dataclass(frozen=True)

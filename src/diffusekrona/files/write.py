@@ -16,8 +16,8 @@ from ..tuner.names import layer_of
 from .formats import Format, lokr, lora
 from .formats import krona as krona_format
 from .formats.krona import SavedAdapter
+from .kronecker import krona_update
 from .layouts.programs import Naming, Program, naming, warnings_for
-from .read import krona_update
 from .regroup import NamedLayer, named_layers
 
 _ARCHITECTURES = {

@@ -25,9 +25,8 @@ from ...errors import AdapterFileError
 from ...tuner.compat import BaseTunerLayer
 from ...tuner.names import DENOISERS, PEFT_PREFIX, TEXT_ENCODERS, in_component, unwrapped_name
 from ..unused import Unused, few
-from .attention import fused_names, redirected, redirections
 from .families import LAYOUTS, layout_of
-from .layout import Part
+from .layout import Part, fused_names, redirected, redirections
 from .unet import is_unet, original_names
 
 _KOHYA_PREFIXES = {

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 from ...errors import AdapterFileError
 from ...kron.shapes import FactorShapes
 from ..unused import few
-from .attention import FUSED
 from .families import layout_of
-from .layout import Part
+from .layout import FUSED_PROJECTIONS, Part
 from .names import with_text_model
 from .unet import is_sdxl_unet, is_unet, original_names
 
@@ -386,7 +385,8 @@ def _together(name: str) -> list[str]:
     match = re.fullmatch(r"(lora_transformer_transformer_blocks_\d+_attn_)(to_[qkv]|add_[qkv]_proj)", name)
     if match is None:
         return []
-    return [match[1] + single for single in FUSED["to_qkv" if match[2].startswith("to_") else "to_added_qkv"]]
+    whole = "to_qkv" if match[2].startswith("to_") else "to_added_qkv"
+    return [match[1] + single for single in FUSED_PROJECTIONS[whole]]
 
 
 def _in_encoder(module: nn.Module, name: str) -> str:
