@@ -791,7 +791,7 @@ def test_which_adapter_to_save_must_be_clear(tmp_path: Path) -> None:
         save_krona(model, tmp_path / "x")
     inject_krona(model, config(a1=2), "one")
     inject_krona(model, config(a1=2), "two")
-    with pytest.raises(AdapterNameError, match="not clear; there are: one, two"):
+    with pytest.raises(AdapterNameError, match="by adapter_name which adapter is meant; there are: one, two"):
         save_krona(model, tmp_path / "x")
     with pytest.raises(AdapterNameError, match="No KronA adapter is named 'three'"):
         save_krona(model, tmp_path / "x", "three")

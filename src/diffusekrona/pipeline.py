@@ -307,6 +307,7 @@ def _inject(
                     raise ConfigError(
                         f"target_modules fits no layer of the {part or type(component).__name__}: {error} It takes "
                         "names, a regular expression that matches whole names, or a word such as 'attention'."
+                        + _list_to_name(configs[part])
                     ) from error
                 mark_adapted(component)
                 if tensors is not None:
@@ -318,6 +319,13 @@ def _inject(
         own = set(adapter.parameters())
         for parameter in (p for module in noted for p in module.parameters() if p not in own):
             parameter.requires_grad_(False)
+
+
+def _list_to_name(config: KronAConfig) -> str:
+    """What else to do about a config that fits no layer: PEFT finds no index in a name that begins with its list's."""
+    if config.layers_to_transform is None or config.layers_pattern:
+        return ""
+    return " Give layers_pattern, too: the name of the list of layers that layers_to_transform counts in."
 
 
 @torch.no_grad()
@@ -394,7 +402,7 @@ def hotswap_krona(
     if set(saved) != set(adapted):
         raise AdapterFileError(
             f"{source} holds an adapter for {_parts(saved)}, but {name!r} is one for {_parts(adapted)}; "
-            "only equal adapters can be swapped."
+            "only equal adapters can be swapped; load it with load_krona after unload_krona."
         )
     for part, one in saved.items():
         _check_equal(components[part], name, one)
@@ -420,7 +428,8 @@ def _check_equal(component: nn.Module, name: str, saved: SavedAdapter) -> None:
     if problems:
         raise AdapterFileError(
             f"{saved.source} cannot take the place of {name!r} in this {type(component).__name__}, which is "
-            f"unchanged: {'; '.join(problems[:3])}. Load it beside that one with load_krona instead."
+            f"unchanged: {'; '.join(problems[:3])}. Give it another adapter_name and load it beside that one with "
+            "load_krona."
         )
 
 

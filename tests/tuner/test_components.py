@@ -116,7 +116,7 @@ def test_named_adapter_finds_the_only_one_or_the_one_that_is_named() -> None:
     assert named_adapter(components, None) == "one"
     pipe.unet.add_adapter(config(), "two")
     assert named_adapter(components, "two") == "two"
-    with pytest.raises(AdapterNameError, match="Which adapter is meant is not clear; there are: one, two"):
+    with pytest.raises(AdapterNameError, match="Say by adapter_name which adapter is meant; there are: one, two"):
         named_adapter(components, None)
     with pytest.raises(AdapterNameError, match="No KronA adapter is named 'three'; there are: one, two"):
         named_adapter(components, "three")

@@ -25,6 +25,7 @@ from . import CLIP, DINO
 _ON_PILLOW = {"backend": "pil"} if find_spec("transformers.image_processing_backends") else {"use_fast": False}
 
 _log = logging.getLogger(__name__)
+_PARTS = {"CLIP": "model, image processor and tokenizer", "DINO": "model and image processor"}
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
@@ -187,7 +188,7 @@ def _fetched(source: str | Path, kind: str, part: str, load: Callable[..., Loade
         raise EvaluationError(
             f"There is no {part} of {kind} {str(source)!r}: no folder {folder.absolute()}, and neither the Hugging "
             "Face hub (unreachable, or without a model of that name in safetensors) nor its local cache had it. "
-            "Check the spelling and the connection, or give a folder that save_pretrained wrote. "
+            f"Check the spelling and the connection, or give a folder into which save_pretrained wrote {_PARTS[kind]}. "
             f"The hub's client said: {reason}"
         ) from error
 

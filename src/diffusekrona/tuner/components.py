@@ -109,10 +109,12 @@ def named_adapter(components: dict[str, nn.Module], adapter_name: str | None) ->
         return str(adapter_name)
     if not names:
         raise AdapterNameError("There is no KronA adapter here; add one with inject_krona or load_krona.")
-    wanted = (
-        "Which adapter is meant is not clear" if adapter_name is None else f"No KronA adapter is named {adapter_name!r}"
+    problem = (
+        "Say by adapter_name which adapter is meant"
+        if adapter_name is None
+        else f"No KronA adapter is named {adapter_name!r}"
     )
-    raise AdapterNameError(f"{wanted}; there are: {', '.join(names)}.")
+    raise AdapterNameError(f"{problem}; there are: {', '.join(names)}.")
 
 
 def remember(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -212,8 +212,8 @@ def settle_targets(config: KronAConfig, model: nn.Module, only: Collection[str] 
     if problems:
         raise FactorShapeError(
             f"{len(problems)} targeted layer(s) cannot take these factors; nothing was changed.{listed(problems)}\n"
-            "Choose other factors for them with factor_pattern={'name or regular expression': (a1, a2)}, "
-            "or leave them out with exclude_modules."
+            "Choose other factors for them with factor_pattern={'name or regular expression': (a1, a2)}, the flag "
+            "--factors, or leave them out with exclude_modules, or with --target-modules that do not match them."
         )
     for pattern in config.factor_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
