@@ -13,7 +13,7 @@ from .art import CACHE, PIXELS
 from .training import Run, mixed, note, pick_device, random_of
 
 BATCH = 16
-STEPS = 10_000
+STEPS = 8_000
 SCHEDULE = (2e-3, 0.0, 100)
 WIDTHS = (16, 32, 96, 128)  # nearly all time goes into the first two
 GROUPS = 4

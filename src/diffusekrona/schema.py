@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationEr
 from pydantic.fields import FieldInfo
 
 from .errors import KronAError
+from .texts import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -141,10 +142,10 @@ def read_mapping(path: Path, error: type[KronAError]) -> dict[Any, Any]:
     Raises:
         KronAError: of the class `error`, where the file cannot be read or is not of this kind.
     """
+    text = read_text(path, "settings file", error)
     try:
-        text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _YamlLoader)
-    except (OSError, ValueError, yaml.YAMLError) as cause:
+    except (ValueError, yaml.YAMLError) as cause:
         raise error(f"The settings {path} cannot be read: {cause}") from cause
     if not isinstance(values, dict):
         raise error(f"The settings {path} should be names and values, such as `a1: 4`.")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from diffusekrona.training import TrainingConfig
+from diffusekrona.training import ImagePlan, TrainingConfig, prepare_images
 from diffusekrona.training.batches import Batches, free_encoders, text_encoders
 from diffusekrona.training.families import family_of
-from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
-from tests.training.runs import FAMILIES, SMALL, adapted, examples
+from tests.pipelines import IMAGE_SIZE, tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.training.runs import FAMILIES, SMALL, adapted, examples, pictures
 
 CONFIG = TrainingConfig(train_batch_size=3)
 PIPE = tiny_sd_pipeline()
@@ -145,3 +146,87 @@ def test_encoders_that_run_in_each_step_are_not_freed(values, left):
     pipe, _ = adapted(text_encoders="train_text_encoder" in values, **SMALL)
     assert weights_left(pipe, CONFIG.replace(**values)) == left
     assert text_encoders(pipe)
+
+
+# What the loss counts
+
+
+def told(config, images=None, pipe=PIPE):
+    """What the loss of the first batch is made of: the prediction and the target, both (batch, 4, 8, 8), in float64."""
+    source = batches(config, pipe, images)
+    found = {}
+    plain = source._errors
+    source._errors = lambda prediction, target, masks: (
+        found.update(p=prediction, t=target) or plain(prediction, target, masks)
+    )
+    with torch.no_grad():
+        loss = float(source.loss(0))
+    return found["p"].double(), found["t"].double(), loss
+
+
+def test_a_masked_loss_is_the_mean_over_what_the_mask_shows_and_follows_a_mirrored_image():
+    half = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
+    half.paste(255, (0, 0, IMAGE_SIZE // 2, IMAGE_SIZE))
+    image = replace(examples(1)[0], mask=half)
+    sides = set()
+    for seed in range(6):
+        prediction, target, loss = told(TrainingConfig(random_flip=True, seed=seed), [image])
+        errors = (prediction - target).square()
+        left, right = float(errors[..., :4].mean()), float(errors[..., 4:].mean())
+        assert loss == pytest.approx(left, rel=1e-5) or loss == pytest.approx(right, rel=1e-5)
+        sides.add(loss == pytest.approx(left, rel=1e-5))
+    assert sides == {True, False}
+
+
+def test_an_image_without_a_mask_counts_whole_beside_one_with():
+    image, other = examples(2)
+    black = replace(image, mask=Image.new("L", (IMAGE_SIZE, IMAGE_SIZE)))
+    prediction, target, loss = told(TrainingConfig(train_batch_size=2), [black, other])
+    errors = (prediction - target).square().mean(dim=(1, 2, 3))
+    assert min(abs(float(error) / 2 - loss) for error in errors) < 1e-5
+
+
+def test_the_pseudo_huber_loss_is_quadratic_for_small_errors_and_linear_for_large_ones():
+    c = 0.3
+    prediction, target, loss = told(TrainingConfig(loss_type="huber", huber_c=c))
+    expected = (2 * c * ((prediction - target).square() + c * c).sqrt() - 2 * c * c).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    *_, near = told(TrainingConfig(loss_type="huber", huber_c=100.0))
+    assert near == pytest.approx(told(TrainingConfig())[2], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"timestep_shift": 1e-4}, 0.0, 0.2),
+        ({"timestep_shift": 1e4}, 0.8, 1.0),
+        (
+            {"timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1e-6, "timestep_shift": 3.0},
+            0.74,
+            0.76,
+        ),
+    ],
+)
+def test_noise_levels_are_drawn_as_the_settings_say(options, least, most):
+    _, times = heard(PIPE, batches(CONFIG.replace(**options)), range(3))
+    assert least <= float(times.float().mean()) / 1000 <= most
+
+
+def test_a_larger_image_of_a_base_without_a_shift_gets_more_noise_by_size():
+    options = {"timestep_sampling": "logit_normal", "logit_std": 1e-6, "shift_by_size": True}
+    large = prepare_images(pictures(1, (64, 64)), "a sks toy", ImagePlan(64))
+    for images, expected in ((examples(1), 0.5), (large, 2 / 3)):  # a shift of 2 for four times the tokens
+        _, times = heard(PIPE, batches(CONFIG.replace(**options), images=images), [0])
+        assert float(times.float().mean()) / 1000 == pytest.approx(expected, abs=0.002)
+
+
+def test_guidance_is_told_to_a_base_that_was_distilled_for_it():
+    pipe = tiny_flux_pipeline()
+    family = family_of(pipe)
+    family.guidance = 2.5
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    said = {}
+    pipe.transformer.forward = lambda **kwargs: said.update(kwargs) or (kwargs["hidden_states"],)
+    text = family.encode(["a toy"], torch.device("cpu"))
+    family.predict(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), text, torch.zeros(2, 6))
+    assert said["guidance"].tolist() == [2.5, 2.5]

@@ -1,6 +1,7 @@
 import io
 
 import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,8 +124,10 @@ def test_a_missing_folder_is_named_with_where_it_was_looked_for(tmp_path, monkey
 
 
 def test_a_folder_without_images_says_what_it_needs(tmp_path):
-    (tmp_path / "a.gif").write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"at least one \.png, \.jpg, \.jpeg, \.webp"):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "more").mkdir()
+    solid((8, 8)).save(tmp_path / "more" / "b.png")
+    with pytest.raises(DatasetError, match=r"such as name\.png or name\.jpg; its subfolders more/ are not looked into"):
         load_folder(tmp_path, PROMPT, PLAN)
 
 
@@ -235,8 +238,8 @@ def test_repeats_of_the_middle_are_all_the_same():
 def test_with_buckets_each_image_is_of_the_size_nearest_to_its_own_shape(size):
     plan = ImagePlan(64, aspect_ratio_buckets=True, multiple=8)
     found = prepare_images([Image.new("RGB", size)], PROMPT, plan)[0]
-    assert found.image.size in plan.sizes
-    assert found.image.size == nearest(size, plan.sizes)
+    assert found.image.size in plan.sizes_at(64)
+    assert found.image.size == nearest(size, plan.sizes_at(64))
     assert found.sizes == (*size[::-1], *found.crop_top_left, *found.image.size[::-1])
 
 
@@ -247,7 +250,7 @@ def test_with_buckets_each_image_is_of_the_size_nearest_to_its_own_shape(size):
 @pytest.mark.parametrize("buckets", [False, True])
 def test_tiny_and_very_narrow_images_are_no_trouble(size, buckets):
     found = prepare(solid(size, BLUE), aspect_ratio_buckets=buckets)
-    assert found.image.size in ImagePlan(32, aspect_ratio_buckets=buckets).sizes
+    assert found.image.size in ImagePlan(32, aspect_ratio_buckets=buckets).sizes_at(32)
     assert np.array(found.image).reshape(-1, 3).tolist() == [list(BLUE)] * (found.image.width * found.image.height)
 
 
@@ -313,7 +316,7 @@ def test_what_is_wrong_with_a_caption_is_not_skipped(one_bad):
 def test_if_all_images_are_bad_there_is_nothing_to_train_on(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(b"no image")
-    with pytest.raises(DatasetError, match="None of the 2 images can be read"):
+    with pytest.raises(DatasetError, match="None of the 2 images can be used"):
         load_folder(tmp_path, PROMPT, ImagePlan(32, on_bad_image="skip"))
 
 
@@ -391,7 +394,7 @@ def test_a_dataset_that_lacks_something_is_refused_by_name(dataset, tmp_path):
 
 
 def test_a_dataset_without_a_training_split_says_which_there_are(dataset):
-    with pytest.raises(DatasetError, match=r"no split 'train'; there are: test\."):
+    with pytest.raises(DatasetError, match=r"no split 'train'; give the folder of one of its splits: test\."):
         load_dataset(dataset("test", image=ROWS), PROMPT, PLAN)
 
 
@@ -410,3 +413,111 @@ def test_a_column_of_something_else_holds_no_images(dataset):
 def test_a_row_without_a_caption_is_named(dataset):
     with pytest.raises(DatasetError, match="row 1 has no prompt in column 'text'"):
         load_dataset(dataset(image=ROWS, text=["a", None]), None, PLAN)
+
+
+# What a folder holds
+
+
+def warned(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_every_format_that_pillow_reads_is_taken(tmp_path, caplog):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    for name in ("a.png", "b.webp", "c.gif", "d.avif", "f.bmp", "g.tga", "h.tiff", "i.jp2", "j.ppm"):
+        picture.save(tmp_path / name)
+    picture.save(tmp_path / "e.JFIF", format="JPEG")
+    Image.new("RGB", (32, 32), RED).save(tmp_path / "k.gif", save_all=True, append_images=[solid((32, 32), BLUE)])
+    pillow_heif.register_heif_opener()
+    picture.save(tmp_path / "l.HEIC", format="HEIF")
+    found = load_folder(tmp_path, PROMPT, PLAN)
+    assert len(found) == 12
+    assert not warned(caplog)
+    first_frame = next(image for image in found if image.source.endswith("k.gif"))
+    assert np.abs(np.array(first_frame.image)[16, 16].astype(int) - RED).max() < 10
+
+
+def test_what_is_in_a_folder_and_not_used_is_named(tmp_path, caplog):
+    solid((32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.caption").write_text("a sks toy")
+    (tmp_path / "b.txt").write_text("of no image")
+    (tmp_path / "film.mp4").write_bytes(b"")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    (tmp_path / "more").mkdir()
+    solid((32, 32)).save(tmp_path / "more" / "c.png")
+    assert len(load_folder(tmp_path, PROMPT, PLAN)) == 1
+    (told,) = warned(caplog)
+    assert "1 images are used; passed over: b.txt (a caption without an image), film.mp4 (no image)" in told
+    assert "more/ (a subfolder" in told
+    assert "a.caption" not in told
+    assert "DS_Store" not in told
+
+
+def test_kohyas_subfolders_say_how_often_and_what(tmp_path):
+    for name, count in (("3_sks toy", 2), ("1_a toy", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            solid((32, 32)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "3_sks toy" / "1.txt").write_text("sks toy on sand")
+    solid((32, 32)).save(tmp_path / "cover.png")
+    prompts = [image.prompt for image in load_folder(tmp_path / "3_sks toy", "x", PLAN)]
+    assert prompts == ["x", "sks toy on sand"]
+    (tmp_path / "cover.png").unlink()
+    found = [image.prompt for image in load_folder(tmp_path, None, PLAN)]
+    assert found == ["a toy", *["sks toy"] * 3, *["sks toy on sand"] * 3]
+    given = [image.prompt for image in load_folder(tmp_path, PROMPT, PLAN)]
+    assert given == [PROMPT, *[PROMPT] * 3, *["sks toy on sand"] * 3]
+
+
+@pytest.mark.parametrize(("choice", "left"), [("upscale", 2), ("skip", 1)])
+def test_images_below_the_resolution_are_named(tmp_path, caplog, choice, left):
+    solid((31, 64)).save(tmp_path / "a.png")
+    solid((32, 64)).save(tmp_path / "b.png")
+    assert len(load_folder(tmp_path, PROMPT, ImagePlan(32, on_small=choice))) == left
+    (told,) = warned(caplog)
+    assert "a.png (31 x 64)" in told
+    assert "b.png" not in told
+    with pytest.raises(DatasetError, match=r"a\.png \(31 x 64\).*set on_small to upscale or skip"):
+        load_folder(tmp_path, PROMPT, ImagePlan(32, on_small="stop"))
+
+
+def test_each_image_comes_in_every_resolution():
+    found = prepare_images([solid((64, 64)), solid((48, 64))], PROMPT, ImagePlan(32, extra_resolutions=[48, 16]))
+    assert [image.image.size for image in found] == [(32, 32), (48, 48), (16, 16)] * 2
+    with pytest.raises(TrainingConfigError, match="extra_resolutions 20 is not divisible by 8"):
+        ImagePlan(32, extra_resolutions=[20])
+
+
+# Masks
+
+
+def test_a_mask_is_cut_like_its_image_wherever_it_comes_from(tmp_path):
+    """The left half counts: by a file beside the image, and by what is not transparent."""
+    half = Image.new("L", (64, 32))
+    half.paste(255, (0, 0, 32, 32))
+    solid((64, 32)).save(tmp_path / "a.png")
+    half.save(tmp_path / "a-masklabel.png")
+    solid((64, 32)).save(tmp_path / "b.png")
+    half.save(tmp_path / "b.mask.png")
+    opaque = solid((64, 32), mode="RGBA")
+    opaque.putalpha(half)
+    opaque.save(tmp_path / "c.png")
+    solid((64, 32)).save(tmp_path / "d.png")
+    *found, whole = load_folder(tmp_path, PROMPT, ImagePlan(32, masked_loss=True))
+    assert len(found) == 3
+    for image in found:
+        mask = np.array(image.mask)
+        assert mask.shape == (32, 32)
+        assert (mask[:, :16] == 255).all()
+        assert (mask[:, 16:] == 0).all()
+    assert whole.mask is None
+    assert [image.mask for image in load_folder(tmp_path, PROMPT, PLAN)] == [None] * 4
+
+
+def test_masks_that_cannot_be_used_are_refused(tmp_path):
+    solid((32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match="masked_loss is on, but no image has a mask"):
+        load_folder(tmp_path, PROMPT, ImagePlan(32, masked_loss=True))
+    Image.new("L", (16, 16)).save(tmp_path / "a.mask.png")
+    with pytest.raises(DatasetError, match=r"mask of .*a\.png is 16 x 16"):
+        load_folder(tmp_path, PROMPT, ImagePlan(32, masked_loss=True))

@@ -23,7 +23,7 @@ def latents(pipe, images, flip=False, **options):
 
 def draws(posteriors, index, count=400, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([posteriors.sample(index, generator) for _ in range(count)])
+    return torch.stack([posteriors.sample(index, generator)[0] for _ in range(count)])
 
 
 def test_draws_have_the_posteriors_mean_and_spread():

@@ -10,6 +10,7 @@ import typer
 from rich.progress import MofNCompleteColumn
 
 from ..errors import KronAError
+from ..texts import read_text
 from ..training.settings import DataSettings, DType
 from .console import print_line
 from .options import help_of
@@ -61,8 +62,8 @@ def generate(
 ) -> None:
     """Generate images from prompts, with or without an adapter."""
     from ..base import load_base
+    from ..captions import write_metadata
     from ..generation import generate_images
-    from ..images import write_metadata
 
     asked = _prompts(prompt or [], prompts_file)
     repeated = [text for text in asked for _ in range(images_per_prompt)]
@@ -105,7 +106,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    lines = read_text(file, "prompts file").split("\n") if file else []
     prompts = given + [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise KronAError("There is no prompt. Give --prompt, or --prompts-file with one per line.")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..tuner.components import forget
@@ -19,6 +21,25 @@ from .families import Family
 from .objective import objective_of
 from .randomness import Order, Sample, generator_for
 from .timesteps import draw_place
+from .wordings import all_wordings, drawn_wording
+
+
+class _Drawn(NamedTuple):
+    """A sample of a batch: latents and noise (channels, height, width), its noise level, and what is said of it."""
+
+    image: TrainingImage
+    latents: Tensor
+    noise: Tensor
+    level: int | float
+    wording: str
+    mask: Tensor | None
+
+
+def _shrunk(mask: Image.Image, mirrored: bool, latents: Tensor) -> Tensor:
+    """A mask at the size of latents, (1, height, width), from 0 to 1."""
+    shown = ImageOps.mirror(mask) if mirrored else mask
+    small = shown.resize((latents.shape[-1], latents.shape[-2]), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).unsqueeze(0)
 
 
 class Batches:
@@ -61,7 +82,7 @@ class Batches:
         )
         self._texts = Texts(
             family,
-            (image.prompt for image in images),
+            all_wordings([image.prompt for image in images], config),
             text_encoders(pipe),
             trained=config.train_text_encoder,
             device=device,
@@ -71,16 +92,20 @@ class Batches:
 
     def loss(self, number: int) -> Tensor:
         """Loss of a batch, a float32 scalar with gradients."""
-        samples = self._share(number)
-        latents, noise, levels = (part.to(self._accelerator.device) for part in self._latents_and_noise(samples))
-        images = [self._images[sample.index] for sample in samples]
-        noisy = self._objective.add_noise(latents, noise, levels).to(self._family.dtype)
-        sizes = torch.tensor([image.sizes for image in images], dtype=torch.float32, device=latents.device)
+        drawn = [self._draw(sample) for sample in self._share(number)]
+        device, dtype = self._accelerator.device, self._family.dtype
+        latents, noise = (
+            torch.stack([getattr(one, name) for one in drawn]).to(device) for name in ("latents", "noise")
+        )
+        levels = torch.tensor([one.level for one in drawn], device=device)
+        noisy = self._objective.add_noise(latents, noise, levels).to(dtype)
+        sizes = torch.tensor([one.image.sizes for one in drawn], dtype=torch.float32, device=device)
         with self._accelerator.autocast():
-            text = self._texts([image.prompt for image in images])
+            text = self._texts([one.wording for one in drawn])
             prediction = self._family.predict(noisy, self._objective.timesteps(levels), text, sizes)
         target = self._objective.target(latents, noise, levels)
-        return (self._objective.weights(levels) * self._errors(prediction, target)).mean()
+        errors = self._errors(prediction, target, [one.mask for one in drawn])
+        return (self._objective.weights(levels) * errors).mean()
 
     @property
     def marks(self) -> str:
@@ -89,6 +114,7 @@ class Batches:
         for image in self._images:
             found.update(image.image.tobytes())
             found.update(repr((image.image.size, image.prompt, image.sizes)).encode())
+            found.update(b"" if image.mask is None else image.mask.tobytes())
         return found.hexdigest()
 
     def sources(self, number: int) -> list[str]:
@@ -99,18 +125,16 @@ class Batches:
         size, rank = self._config.train_batch_size, self._accelerator.process_index
         return self._order.batch(number)[rank * size : (rank + 1) * size]
 
-    def _latents_and_noise(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, noise and noise levels, each the same whatever batch or process its image is in."""
-        latents, noises, levels = [], [], []
-        for sample in samples:
-            generator = generator_for(self._config.seed, *sample.place)
-            latents.append(self._latents.sample(sample.index, generator))
-            noise = torch.randn(latents[-1].shape, generator=generator)
-            if self._config.noise_offset:
-                noise += self._config.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
-            noises.append(noise)
-            levels.append(self._level(self._images[sample.index].image.size, generator))
-        return torch.stack(latents), torch.stack(noises), torch.tensor(levels)
+    def _draw(self, sample: Sample) -> _Drawn:
+        """All that is random of a sample, which is the same whatever batch or process it is in."""
+        image, generator = self._images[sample.index], generator_for(self._config.seed, *sample.place)
+        latents, mirrored = self._latents.sample(sample.index, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        if self._config.noise_offset:
+            noise += self._config.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
+        level = self._level(image.image.size, generator)
+        mask = None if image.mask is None else _shrunk(image.mask, mirrored, latents)
+        return _Drawn(image, latents, noise, level, drawn_wording(image.prompt, self._config, generator), mask)
 
     def _level(self, size: Size, generator: torch.Generator) -> int | float:
         """A random noise level for an image of that size."""
@@ -128,15 +152,18 @@ class Batches:
             shift *= (tokens / family.tokens(family.resolution, family.resolution)) ** 0.5
         return self._objective.level(place, shift)
 
-    def _errors(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Of each image, the mean over its elements, (batch), float32."""
+    def _errors(self, prediction: Tensor, target: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+        """Of each image, the mean over its elements, or over those that its mask lets count, (batch), float32."""
         difference = prediction.float() - target.float()
         if self._config.loss_type == "l2":
             errors = difference.square()
         else:
             c = self._config.huber_c
             errors = 2 * c * ((difference.square() + c * c).sqrt() - c)
-        return errors.mean(dim=(1, 2, 3))
+        if all(mask is None for mask in masks):
+            return errors.mean(dim=(1, 2, 3))
+        shares = torch.stack([torch.ones_like(errors[0, :1]) if mask is None else mask.to(errors) for mask in masks])
+        return (errors * shares).mean(dim=(1, 2, 3)) / shares.mean(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
 def free_encoders(pipe: Any, config: TrainingConfig) -> None:

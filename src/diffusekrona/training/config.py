@@ -18,6 +18,7 @@ Keep = Literal["memory", "disk", "none"]
 Sampling = Literal["uniform", "logit_normal", "mode"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
 LossType = Literal["l2", "huber"]
+OnSmall = Literal["upscale", "skip", "stop"]
 OnBadImage = Literal["stop", "skip"]
 
 ENCODER_RATES = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_3_lr")
@@ -114,6 +115,12 @@ class TrainingConfig(TrainingSettings):
     """Size of the errors from which on the pseudo-Huber loss is linear rather than quadratic."""
     guidance_scale: float = Field(default=1.0, ge=0)
     """Guidance that guidance-distilled bases, such as FLUX.1 dev, are told in training."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps in which an image is shown without its prompt; 0.05 to 0.1 keeps guidance working."""
+    shuffle_tags: bool = False
+    """Show the tags of a caption, which are parted by commas, in another order each time."""
+    keep_tags: int = Field(default=1, ge=0)
+    """Number of tags at the start of a caption that stay where they are."""
     noise_offset: float = Field(default=0.0, ge=0)
     """Standard deviation of noise that is the same all over a channel; 0.05 to 0.1 lets a diffusion model learn very
     bright and very dark pictures."""
@@ -165,5 +172,13 @@ class ImageSettings(TrainingSettings):
     """Number of times that each image is used in an epoch."""
     aspect_ratio_buckets: bool = False
     """Cut each image to the nearest of several sizes of the same area, instead of squares."""
+    extra_resolutions: list[int] = Field(default_factory=list, examples=[[768]])
+    """Another side that each image is trained at, too, beside resolution; as a flag it is repeatable."""
+    masked_loss: bool = False
+    """Let the loss count only where an image's mask is white. The mask is a file such as dog-masklabel.png or
+    dog.mask.png beside dog.png, or else what is not transparent."""
+    on_small: OnSmall = "upscale"
+    """What to do about an image that is smaller than the resolution: "upscale" or "skip" it with a warning, or
+    "stop"."""
     on_bad_image: OnBadImage = "stop"
     """What to do about an image that cannot be read: "stop", or "skip" it with a warning."""

@@ -83,7 +83,8 @@ _SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "bat
 class LatentPosteriors:
     """Mean and standard deviation of each image's latents, scaled as the denoiser expects them.
 
-    With `flip`, each image is encoded mirrored as well, and every sample shows it either way with equal chance.
+    Images with equal pixels are encoded once. With `flip`, each is encoded mirrored as well, and every sample shows it
+    either way with equal chance.
 
     Args:
         family: of the pipeline, whose autoencoder is run in float32, because SDXL's overflows in float16.
@@ -106,22 +107,24 @@ class LatentPosteriors:
     ) -> None:
         self._family, self._vae, self._images, self._flip = family, family.pipe.vae, images, flip
         marks = [_mark_of_image(image) for image in images]
+        first: dict[str, int] = {}
+        self._same = [first.setdefault(mark, index) for index, mark in enumerate(marks)]
         vae = self._vae
         model = fingerprint([vae], str([vae.config.get(name) for name in _SCALES])) if keep == "disk" else ""
         self._posteriors = Encoded(
             self._posterior, keep, folder, lambda view: f"latents-{model}-{marks[view[0]]}-{int(view[1])}"
         )
         vae.to(device)
-        self._posteriors.prepare((index, mirrored) for index in range(len(images)) for mirrored in {False, flip})
+        self._posteriors.prepare((index, mirrored) for index in first.values() for mirrored in {False, flip})
         if keep != "none":
             vae.to("cpu")
 
-    def sample(self, index: int, generator: torch.Generator) -> Tensor:
-        """Draw z ~ N(mean, std²) for an image: (channels, height, width), float32, on the CPU."""
+    def sample(self, index: int, generator: torch.Generator) -> tuple[Tensor, bool]:
+        """Draw z ~ N(mean, std²) for an image: (channels, height, width), float32, on the CPU; and whether mirrored."""
         mirrored = self._flip and bool(torch.randint(2, (), generator=generator))
-        posterior = self._posteriors[index, mirrored]
+        posterior = self._posteriors[self._same[index], mirrored]
         mean, std = posterior["mean"], posterior["std"]
-        return mean + std * torch.randn(mean.shape, generator=generator)
+        return mean + std * torch.randn(mean.shape, generator=generator), mirrored
 
     @torch.no_grad()
     def _posterior(self, view: View) -> dict[str, Tensor]:

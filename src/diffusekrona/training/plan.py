@@ -162,10 +162,15 @@ def _index(folder: Path) -> dict[str, Any]:
     """The classes of a pipeline and of its parts by name, None for parts that it has not; and its options."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        found = {name: value[1] if isinstance(value, list) else value for name, value in index.items()}
+        found = {name: value[1] if _is_part(value) else value for name, value in index.items()}
         return {**found, "kind": getattr(diffusers, found["_class_name"]), "vae": found["vae"]}
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise BaseModelError(f"{folder} has no model_index.json of a pipeline that can be read: {error}") from error
+
+
+def _is_part(entry: Any) -> bool:
+    """Whether an entry of a pipeline's index is a part's library and class, or two nulls, and no option."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str | None) for name in entry)
 
 
 def _pipeline(folder: Path, index: Mapping[str, Any], scheduler: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +221,16 @@ def training_images(settings: Settings, plan: ImagePlan) -> list[TrainingImage]:
     """The images of the subject."""
     data = settings.data
     if data.instance_data_dir is not None:
-        return load_folder(data.instance_data_dir, data.instance_prompt, plan)
-    assert data.dataset_dir is not None
-    return load_dataset(data.dataset_dir, data.instance_prompt, plan, data.image_column, data.caption_column)
+        found = load_folder(data.instance_data_dir, data.instance_prompt, plan, data.caption_column)
+    else:
+        assert data.dataset_dir is not None
+        found = load_dataset(data.dataset_dir, data.instance_prompt, plan, data.image_column, data.caption_column)
+    trigger = (data.trigger_word or "").strip()
+    if not trigger:
+        return found
+    return [
+        image if trigger in image.prompt else replace(image, prompt=f"{trigger}, {image.prompt}") for image in found
+    ]
 
 
 def class_images(

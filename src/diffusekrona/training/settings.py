@@ -33,13 +33,17 @@ class DataSettings(TrainingSettings):
     dtype: DType | None = None
     """Type of the frozen base; by default that of mixed_precision. The 16-bit ones take half the memory."""
     instance_data_dir: FilePath | None = Field(default=None, json_schema_extra={"short": "images"})
-    """Folder of 3 to 5 images; a text file name.txt beside an image holds its prompt."""
+    """Folder of 3 to 5 images. A text file name.txt or name.caption beside an image holds its prompt, or metadata.jsonl
+    or metadata.csv those of all; a subfolder 10_name holds images that are used 10 times as often."""
     dataset_dir: FilePath | None = None
     """Folder of a Hugging Face dataset that save_to_disk wrote, instead of a folder of images."""
     image_column: str = "image"
     """Name of the dataset's column of images."""
     caption_column: str = "text"
-    """Name of the dataset's column of prompts, which are used unless instance_prompt is given."""
+    """Name of the dataset's column of prompts, which are used unless instance_prompt is given; or of the prompts in a
+    folder's metadata.jsonl or metadata.csv."""
+    trigger_word: str | None = None
+    """Word that is put before every prompt that does not have it, such as "sks"."""
     instance_prompt: str | None = Field(default=None, json_schema_extra={"short": "prompt"})
     """Name of the subject: a rare word and its class, such as "a sks toy"."""
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 from ...errors import UnsupportedPipelineError
 from .family import Family
 from .flux import Flux
+from .flux2 import Flux2
+from .krea2 import Krea2
+from .qwen_image import QwenImage
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 
@@ -16,7 +20,7 @@ __all__ = ["Family", "families", "family_of", "register_family"]
 PLUGINS = "diffusekrona.families"
 """Group of the entry points by which installed packages name families of their own."""
 
-_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux]
+_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage, Krea2]
 
 
 def register_family(family: type[Family]) -> type[Family]:
@@ -41,6 +45,8 @@ def family_of(pipe: Any) -> Family:
         denoiser = getattr(pipe, family.PART, None)
         if type(getattr(denoiser, "_orig_mod", denoiser)).__name__ == family.DENOISER:
             if getattr(pipe, "vae", None) is None or not hasattr(pipe, "encode_prompt"):
+                break
+            if "image" in signature(pipe.encode_prompt).parameters:  # prompts about an image, which is to be edited
                 break
             return family(pipe)
     names = list(dict.fromkeys(family.NAME for family in known))

@@ -35,6 +35,8 @@ class Family(ABC):
     """The denoiser's name in a pipeline."""
     PATCH: ClassVar[int] = 1
     """Elements of a side of the latents that the pipeline makes one token of, before it calls the denoiser."""
+    VIDEO: ClassVar[bool] = False
+    """Whether the autoencoder is one of videos, to which an image is a single frame."""
 
     guidance: float = 1.0
     """Guidance that a guidance-distilled denoiser is told in training."""
@@ -109,9 +111,10 @@ class Family(ABC):
         Returns:
             two tensors of (images, channels, height, width).
         """
-        found = self.pipe.vae.encode(pixels).latent_dist
-        shift, scale = normalisation(self.pipe.vae.config, found.mean)
-        return (found.mean - shift) * scale, found.std * scale
+        found = self.pipe.vae.encode(pixels.unsqueeze(2) if self.VIDEO else pixels).latent_dist
+        mean, std = (part.squeeze(2) if self.VIDEO else part for part in (found.mean, found.std))
+        shift, scale = normalisation(self.pipe.vae.config, mean)
+        return (mean - shift) * scale, std * scale
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
