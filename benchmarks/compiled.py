@@ -1,9 +1,9 @@
-"""What `torch.compile` makes of a training step: `python -m benchmarks.compiled`.
+"""A training step with and without `torch.compile`: `python -m benchmarks.compiled`.
 
 Forward and backward of one layer, fp32 on this machine's CPU, each method as it is and compiled by inductor, as one
 graph; all take turns in every round, in random order. A ratio is the median over the rounds of a time over that of
 the frozen layer, not compiled, in the same round. Between the rounds factors and weight change their values, which
-must not compile anything anew. Needs a C++ compiler. Writes `benchmarks/results/compiled.md`.
+must not cause another compilation. Needs a C++ compiler. Writes `benchmarks/results/compiled.md`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def compiled(step: Step) -> float:
 
 
 def gradients(step: Step) -> list[torch.Tensor]:
-    """Those of the input and of the parameters, after a step."""
+    """Gradients of the input and of the parameters after a step."""
     step()
     return [tensor.grad for tensor in (step.x, *step.layer.parameters()) if tensor.grad is not None]
 
 
 def change_values(step: Step) -> None:
-    """As an optimizer does, and the loading of another base."""
+    """Change all parameters in place, as an optimizer or the loading of another base does."""
     with torch.no_grad():
         for parameter in step.layer.parameters():
             parameter.mul_(1.01)

@@ -132,7 +132,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tables-only", action="store_true", help="write the tables anew from what was measured last")
+    parser.add_argument("--tables-only", action="store_true", help="write the tables again from the last measurements")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     stored, rounds = RESULTS / "speed.json", arguments.rounds

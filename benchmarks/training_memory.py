@@ -36,12 +36,12 @@ SMALL = ROOT / "models" / "emoji-sdxl"
 IMAGES = ROOT / "examples" / "toy-bear"
 STEPS = 4
 WIDTH = 0.4
-"""Of the large base, over SDXL's."""
+"""Width of the large base over SDXL's."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both train."""
+    """A run that both programs do."""
 
     name: str
     base: Path
@@ -131,7 +131,7 @@ def run_measured(told: Path, program: Sequence[str]) -> None:
     def begin() -> None:
         if not peaks.before:
             peaks.before = _resident_peak()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+            Path("/proc/self/clear_refs").write_text("5")  # starts counting the peak again
 
     def stepped() -> None:
         peaks.steps = _resident_peak()

@@ -149,7 +149,7 @@ def render_files() -> dict[str, Path]:
 
 
 def names_in(name: str) -> list[str]:
-    """The drawings of a set that are of use, each once."""
+    """The usable drawings of a set, each once."""
     every = set(render_files() if name == RENDERS else icons(name)["icons"])
     wanted = {drawing for drawing in every if not any(word in drawing for word in UNWANTED)}
     return sorted(

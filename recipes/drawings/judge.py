@@ -35,7 +35,7 @@ def plain_questions(count: int, seed: int = 11) -> list[Question]:
 
 
 def scene_questions(count: int, seed: int = 13) -> list[Question]:
-    """Random concepts of which a size, a place or a number is asked, too."""
+    """Questions about random concepts that also name a size, a place or a number."""
     rng, known, asked = np.random.default_rng(seed), art.known_drawings(), list[Question]()
     while len(asked) < count:
         scene = random_scene(rng)

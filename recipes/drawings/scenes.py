@@ -1,4 +1,4 @@
-"""Scenes: how often, how large and where a thing is drawn on which background, in words and as a picture."""
+"""Scenes: a thing's number, size, place and background, in words and as a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

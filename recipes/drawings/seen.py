@@ -1,4 +1,4 @@
-"""What a picture shows, read off its pixels: the background, and how many things of what size where.
+"""Reads a picture's pixels: the background, and number, sizes and places of the things on it.
 
 All backgrounds are flat, so no model is needed that might err as the base errs.
 """
@@ -53,9 +53,9 @@ def box_of(part: Tensor) -> Box:
 
 
 def obeyed(picture: Tensor, prompt: str) -> dict[str, bool]:
-    """Whether a picture is as its prompt says: "background", "size", "place" and "times", as far as it says so.
+    """Whether a picture has the "background", "size", "place" and "times" (number) that its prompt names.
 
-    A prompt that says nothing of a number asks for one thing.
+    A prompt without a number asks for one thing.
     """
     colour, ground = background_of(picture)
     boxes = things_in(picture, ground)
@@ -74,7 +74,7 @@ def obeyed(picture: Tensor, prompt: str) -> dict[str, bool]:
 
 
 def shares(answers: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """Of several pictures' answers: the share of right ones by kind."""
+    """The share of right answers of several pictures, by kind."""
     kinds = sorted({kind for answer in answers for kind in answer})
     rights = {kind: [answer[kind] for answer in answers if kind in answer] for kind in kinds}
     return {kind: round(sum(right) / len(right), 4) for kind, right in rights.items()}

@@ -48,7 +48,7 @@ def note(event: str) -> None:
 
 
 def random_of(step: int) -> np.random.Generator:
-    """The random numbers of one step of this worker; torch's own start anew with it."""
+    """The random generator of one step of this worker; torch's own is seeded likewise."""
     seed = step + WORKER_SEEDS * worker()[0]
     torch.manual_seed(seed)
     return np.random.default_rng(seed)

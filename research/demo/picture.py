@@ -1,4 +1,4 @@
-"""The demo's picture: the subject, what the base makes of its name, and what the personalised model makes of it."""
+"""The demo's picture: the subject, and its name as the base and the personalised model draw it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def draw_picture(
     """Write the picture as PNG and return its path.
 
     Args:
-        path: where to.
-        subject: what was trained on.
-        before: the base's answers, one per background, in as many rounds as there are seeds.
+        path: of the PNG file.
+        subject: the pictures that were trained on.
+        before: the base's pictures, one per background, in as many rounds as there are seeds.
         after: the personalised model's, likewise.
-        backgrounds: what was asked for, the heads of the columns.
+        backgrounds: their names, the heads of the columns.
     """
     columns = len(backgrounds)
     rounds = len(after) // columns

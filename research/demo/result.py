@@ -1,4 +1,4 @@
-"""What the demo measures, and the table of it: without and with the adapter."""
+"""The demo's measurements and their table, without and with the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DemoResult:
         file_bytes: size of the saved adapter.
         training_seconds: optimizer steps alone.
         seconds: the whole demo.
-        similarity_base: of the base's answers to the subject's pictures, by the judge's features, at most 1.
+        similarity_base: of the base's pictures to the subject's, by the judge's features, at most 1.
         similarity_krona: the same with the adapter.
         similarity_ceiling: of the subject's pictures among themselves.
         background_base: share of the base's pictures with the background asked for.
@@ -48,7 +48,7 @@ class DemoResult:
 
 
 def rich_table(result: DemoResult) -> Table:
-    """For the terminal."""
+    """The table for the terminal."""
     table = Table(*_HEAD, title="The demo, measured")
     for row in _rows(result):
         table.add_row(*row)
@@ -56,7 +56,7 @@ def rich_table(result: DemoResult) -> Table:
 
 
 def write_markdown(result: DemoResult, path: Path) -> None:
-    """For a page."""
+    """Write the table in Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in (_HEAD, ("---",) * len(_HEAD), *_rows(result))]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,1 +1,1 @@
-"""What a picture of the small base shows: judged by a classifier, and by looking at pixels."""
+"""Judges of the small base's pictures: a classifier, and rules that read pixels."""

@@ -55,7 +55,7 @@ class Judge:
         """Mean cosine similarity of the pictures' features, over every pair of an image and a different reference.
 
         It is built as CLIP-I and DINO are (Appendix C, equations 6 and 8), with this classifier's features. 1 means
-        alike; what pictures of one subject score among themselves is the ceiling.
+        alike. The ceiling is the score of one subject's pictures among themselves.
         """
         a, b = self._features(images), self._features(references)
         different = torch.tensor([[image is not reference for reference in references] for image in images])

@@ -1,4 +1,4 @@
-"""What a picture of the small base shows: the background, and how many things of what size where.
+"""Reads the small base's pictures: the background, and number, sizes and places of the things on it.
 
 The small base (`recipes/base`) draws on flat backgrounds, so all of this can be read off the pixels, exactly and
 without a model that might err as the base errs.
@@ -64,9 +64,9 @@ def read_scene(image: Image.Image) -> Scene:
 
 
 def obeyed(image: Image.Image, prompt: str) -> dict[str, bool]:
-    """Whether a picture is as its prompt says: "background", "size", "place" and "times", as far as it says so.
+    """Whether a picture has the "background", "size", "place" and "times" (number) that its prompt names.
 
-    A prompt that says nothing of a number asks for one thing.
+    A prompt without a number asks for one thing.
     """
     scene = read_scene(image)
     found = {"times": len(scene.boxes) == next((n for words, n in TIMES.items() if words in prompt), 1)}
@@ -80,7 +80,7 @@ def obeyed(image: Image.Image, prompt: str) -> dict[str, bool]:
 
 
 def shares(answers: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """Of several pictures' answers: the share of right ones by kind, and of all together as "obeyed"."""
+    """The share of right answers of several pictures, by kind, and of all kinds together as "obeyed"."""
     kinds = sorted({kind for answer in answers for kind in answer})
     by_kind = {kind: [answer[kind] for answer in answers if kind in answer] for kind in kinds}
     every = [right for rights in by_kind.values() for right in rights]

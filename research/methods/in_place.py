@@ -53,7 +53,7 @@ def copy_in_place(component: nn.Module, names: Collection[str]) -> None:
 
 
 def float32_inside(component: nn.Module, module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a module of a component compute in float32, while what is around it goes on in `dtype`."""
+    """Let a module of a component compute in float32, while the modules around it compute in `dtype`."""
     if dtype == torch.float32:
         return
 
@@ -67,7 +67,7 @@ def float32_inside(component: nn.Module, module: nn.Module, dtype: torch.dtype) 
     hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
     hooks.append(module.register_forward_hook(narrow))
     if module is component:
-        # Pipelines make their latents in a component's dtype, which is that of its first parameter.
+        # Pipelines make latents in a component's dtype, which its first parameter decides.
         component.register_parameter(_DTYPE_MARK, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
 
 

@@ -24,7 +24,7 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class KronA(Method):
-    """The paper's method; options as in `KronAConfig`. What it saves, `load_krona` reads, too.
+    """The paper's method; options as in `KronAConfig`. `load_krona` reads its files, too.
 
     Raises:
         MethodError: a value that no layer could use.

@@ -1,4 +1,4 @@
-"""What every method has in common: how it gets into a pipeline, into a file, and out of both again."""
+"""What every method has in common: it is put into a pipeline, saved, and taken out again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADER = "diffusekrona_method"
 
 
 class MethodError(KronAError):
-    """A method or an option that there is not, or a pipeline that is not as the method needs it."""
+    """An unknown method or option, or a pipeline that does not suit the method."""
 
 
 _prepared: WeakKeyDictionary[nn.Module, Method] = WeakKeyDictionary()
@@ -32,11 +32,11 @@ _prepared: WeakKeyDictionary[nn.Module, Method] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to teach a pipeline a subject: what trains, and how it is saved.
+    """A way to teach a pipeline a subject. It decides which parameters train, and how they are saved.
 
     All methods are used alike: `prepare` a pipeline, hand what it returns to an optimizer, `save`. `remove` gives the
-    base back, bit for bit. A pipeline holds one method at a time, and a fresh one changes nothing that the pipeline
-    says. What trains is float32 whatever the base's dtype.
+    base back, bit for bit. A pipeline holds one method at a time, and a fresh one does not change the
+    pipeline's output. Trained parameters are float32 whatever the base's dtype.
 
     Attributes:
         name: what `method_from` knows it by.
@@ -71,11 +71,11 @@ class Method(ABC):
         return {part: module for part, module in found.items() if self.text_encoders or is_denoiser(part)}
 
     def count(self, pipe: Any) -> int:
-        """How many numbers `prepare` would train, from the shapes alone; of a pipeline that holds no method."""
+        """Number of parameters that `prepare` would train, by the shapes alone. The pipeline holds no method yet."""
         return sum(self._count(component) for component in self.chosen(pipe).values())
 
     def prepare(self, pipe: Any) -> dict[str, nn.Parameter]:
-        """Freeze a pipeline, put the method in, and return what trains by `<component>.<name>`.
+        """Freeze a pipeline, put the method in, and return the trained parameters by `<component>.<name>`.
 
         All or nothing: where a component cannot take it, the pipeline is as before.
 
@@ -103,7 +103,7 @@ class Method(ABC):
         return trained
 
     def parameters(self, pipe: Any) -> dict[str, nn.Parameter]:
-        """What trains in a prepared pipeline, by `<component>.<name>`.
+        """The trained parameters of a prepared pipeline, by `<component>.<name>`.
 
         Raises:
             MethodError: this method is not in the pipeline.
@@ -115,7 +115,7 @@ class Method(ABC):
         }
 
     def save(self, pipe: Any, folder: str | PathLike[str]) -> Path:
-        """Write what was trained as `<folder>/<file_name>`, whole or not at all; the file's path.
+        """Write the trained parameters as `<folder>/<file_name>`, whole or not at all. Returns the file's path.
 
         Raises:
             MethodError: this method is not in the pipeline.
@@ -132,7 +132,7 @@ class Method(ABC):
         return path
 
     def remove(self, pipe: Any) -> None:
-        """Take the method out: the pipeline is the base again, bit for bit, with its parameters as trainable as before.
+        """Take the method out. The pipeline is the base again, bit for bit, and as trainable as before.
 
         Raises:
             MethodError: this method is not in the pipeline.
@@ -144,7 +144,7 @@ class Method(ABC):
 
     @abstractmethod
     def _count(self, component: nn.Module) -> int:
-        """How many numbers of one component train."""
+        """Number of trained parameters of one component."""
 
     @abstractmethod
     def _install(self, component: nn.Module) -> None:
@@ -152,14 +152,14 @@ class Method(ABC):
 
     @abstractmethod
     def _trained(self, component: nn.Module) -> dict[str, nn.Parameter]:
-        """What trains in one component, by the names it is saved under."""
+        """The trained parameters of one component, by the names that they are saved under."""
 
     @abstractmethod
     def _take_out(self, component: nn.Module) -> None:
         """Undo `_install`, also one that failed half-way."""
 
     def _header(self, components: Mapping[str, nn.Module]) -> dict[str, str]:
-        """What a file's header holds for other readers of it."""
+        """Further entries of a file's header, for other readers."""
         return {}
 
     def _held(self, pipe: Any) -> dict[str, nn.Module]:
@@ -182,7 +182,7 @@ def check_bare(pipe: Any) -> None:
             what = held.description if held is not None else "an adapter"
             raise MethodError(
                 f"{part or 'The model'} already holds {what}. One method at a time: take it out with its remove(pipe), "
-                "or load the base anew."
+                "or load the base again."
             )
 
 

@@ -24,7 +24,7 @@ from .method import Method, MethodError, check_scale, check_whole
 _ADAPTER = "default"
 
 _WHOLE = 1 << 20
-"""A rank above which no side of a LoKr's w2 is; PEFT then keeps w2 whole."""
+"""A rank above every side of w2, for which PEFT keeps w2 whole."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PeftMethod(Method):
 
     @abstractmethod
     def _parameters_of(self, d: int, h: int) -> int:
-        """How many numbers train in a layer of d outputs and h inputs."""
+        """Number of trained parameters in a layer of d outputs and h inputs."""
 
     def _layers(self, component: nn.Module) -> dict[str, nn.Module]:
         layers = target_layers(component, KronAConfig(target_modules=self.targets))
@@ -113,9 +113,8 @@ class PeftMethod(Method):
 class LoRA(PeftMethod):
     """LoRA-DreamBooth: ΔW = s · B·A of a low rank (Hu et al., 2022), the paper's main rival.
 
-    What it saves, Diffusers' `pipe.load_lora_weights` reads, too; such files do not hold alpha, so the scale has to be
-    1 for them. A starts normal with standard deviation 1/rank and B zero, as in Diffusers' own scripts, which the paper
-    used.
+    Diffusers' `pipe.load_lora_weights` reads its files, too. They do not hold alpha, so the scale has to be 1 for them.
+    A starts normal with standard deviation 1/rank and B zero, as in Diffusers' own scripts, which the paper used.
     """
 
     name: ClassVar[str] = "lora"

@@ -54,7 +54,7 @@ class SpectralLayer(nn.Module):
         matrix = as_matrix(weight.detach()).to(arithmetic_dtype(weight.dtype))
         for name, part in zip(("U", "S", "Vh"), torch.linalg.svd(matrix, full_matrices=False), strict=True):
             self.register_buffer(name, part.contiguous(), persistent=False)
-        # A model's dtype is that of its first parameter, which has to be the layer's: so δ is one module deeper.
+        # A model has its first parameter's dtype. That parameter has to be the layer's, so δ is one module deeper.
         self.trained = nn.ParameterDict({"delta": torch.zeros_like(self.S)})
 
     @property
@@ -64,14 +64,14 @@ class SpectralLayer(nn.Module):
         return delta
 
     def __getattr__(self, name: str) -> Any:
-        """What the wrapper lacks is the layer's: models ask for sizes, and for the dtype and device of `weight`."""
+        """All other attributes are the layer's. Models ask for sizes, and for the dtype and device of `weight`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the layer says of x with the shifted weight."""
+        """The layer's output for x with the shifted weight."""
         if isinstance(self.base_layer, nn.Embedding):
             return self._embed(x)
         weight = self._computed_in(x, self.shifted_weight())

@@ -38,7 +38,7 @@ STATE = 12
 """Bytes of a gradient and of AdamW's two moments for each trained number."""
 
 APART = 10_000
-"""How far the seeds of pictures without the subject are from those of pictures with it."""
+"""Distance between the seeds of pictures with the subject and of those without it."""
 
 
 class Measurer:

@@ -1,4 +1,4 @@
-"""What each method trains beside the counts that the paper prints, counted on models without weights."""
+"""Each method's trained parameters beside the paper's counts, counted on models without weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CountedRow:
 
     @property
     def verdict(self) -> str:
-        """What there is to say of the difference."""
+        """A remark on the difference."""
         if self.agrees:
             verdict = "as printed"
         elif self.recount is None or self.row.recount is None:
@@ -86,7 +86,7 @@ def _cells(one: CountedRow) -> tuple[str, ...]:
 
 
 def rich_table(rows: Sequence[CountedRow]) -> Table:
-    """For the terminal."""
+    """The rows as a table for the terminal."""
     table = Table("table", *_HEAD, title="Trained parameters, the paper's and ours")
     for one in rows:
         cells = [escape(cell) for cell in (str(one.row.table), *_cells(one))]

@@ -1,4 +1,4 @@
-"""What was measured of a study's arms, by subject and seed."""
+"""The measurements of a study's arms, by subject and seed."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class Results:
         )
 
     def qualities(self, arm: Arm) -> list[list[float]]:
-        """Of every cell of an arm the harmonic mean of fidelity (DINO) and of the share that is as asked.
+        """For every cell of an arm, the harmonic mean of fidelity (DINO) and of the share that is as asked.
 
         Where that share is not known, CLIP-T stands for it. Models that diverged have none of either.
         """
         return [[_quality(self.records[cell].found) for cell in group] for group in self._measured(arm).values()]
 
     def pictures(self, arms: Sequence[Arm]) -> list[dict[str, Image.Image]] | None:
-        """Each arm's pictures by prompt, of the first subject and seed of which there are pictures of all arms."""
+        """Each arm's pictures by prompt, for the first subject and seed that have pictures of all arms."""
         for subject in self.subjects:
             for seed in self.seeds:
                 sheets = [self.records.sheet_of(Cell(arm.spec, arm.view, subject, seed)) for arm in arms]

@@ -1,4 +1,4 @@
-"""What all studies of one base share: the models, the subjects, the prompts, how models are trained and looked at."""
+"""What all studies of one base share: models, subjects, prompts, training and drawing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StudySettingsError(KronAError):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is personalised.
+    """A subject to personalise on.
 
     Attributes:
         images: a folder of pictures, with caption files or without.
@@ -88,11 +88,11 @@ class StudySettings:
 
     @property
     def open_subjects(self) -> tuple[str, ...]:
-        """Those that choices are made on."""
+        """Subjects that learning rates and configurations are chosen on."""
         return tuple(name for name in self.subjects if name not in self.held_back)
 
     def name_of(self, subject: str) -> str:
-        """Such as "sks dog", without an article."""
+        """A subject's name without an article, such as "sks dog"."""
         return f"{self.identifier} {self.subjects[subject].kind}"
 
     def config(self, values: Mapping[str, Any]) -> TrainingConfig:

@@ -19,7 +19,7 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def updates(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ΔW of the layers that changed, d × h in float32, however they were adapted: what each makes of unit vectors."""
+    """ΔW of the layers that changed, d × h in float32. It is read off their outputs, so any method will do."""
     found = {}
     for name, weight in before.items():
         layer = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""A study: which arms are compared on which subjects and seeds, and what is to be seen in the measurements."""
+"""A study: it compares arms on subjects and seeds, and makes a page of the measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Page:
-    """What comes of a study.
+    """A study's page.
 
     Attributes:
         text: Markdown: the question, what was measured, tables.
@@ -44,24 +44,24 @@ class Study:
 
     name: ClassVar[str]
     question: ClassVar[str]
-    """What the paper claims, and where."""
+    """The paper's claim, and its section."""
     afterwards: ClassVar[str] = "the page"
-    """What is done once these are measured."""
+    """The next stage, once these arms are measured."""
 
     @abstractmethod
     def arms(self) -> Sequence[Arm]:
-        """All that is compared."""
+        """The arms to compare."""
 
     @abstractmethod
     def page(self, results: Results) -> Page:
-        """What is to be seen."""
+        """The page of these results."""
 
     def subjects_in(self, settings: StudySettings) -> tuple[str, ...]:
         """Names of the subjects."""
         return settings.open_subjects[: self.subjects]
 
     def cells(self, settings: StudySettings, records: Records) -> list[Cell]:
-        """All that is to be measured, as far as is known yet: seed by seed, so that a part of it is of use."""
+        """All cells that are known yet, seed by seed, so that an interrupted study is of use."""
         return self.plain_cells(settings, self.arms())
 
     def results(self, settings: StudySettings, records: Records) -> Results:

@@ -105,7 +105,7 @@ class Methods(Study):
         return self._search().plain_cells(settings, [arm for label in unsettled for arm in self._line(label)])
 
     def _compared(self, search: Results) -> list[Arm]:
-        """What the search leaves to be compared; the first is what the others' differences are to."""
+        """The arms that the search leaves to compare. Differences are to the first."""
         return best_of_each(self.arms(), search)
 
     def _searched(self, search: Results) -> str:

@@ -1,4 +1,4 @@
-"""What rank training makes use of (Appendix E.1)."""
+"""The rank that training uses (Appendix E.1)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class _Along(Study):
     axis: ClassVar[str]
 
     def spec(self, images: int | None = None) -> Spec:
-        """What all of them share."""
+        """The method and its learning rate, which all arms share."""
         return Spec("krona", {"a1": 4, "a2": 64}, {"learning_rate": self.learning_rate}, images)
 
     def page(self, results: Results) -> Page:

@@ -113,7 +113,7 @@ def _decades(rates: Sequence[float], qualities: Sequence[float]) -> float:
 
 
 def _over(by_arm: Sequence[Sequence[Sequence[float]]], of: Callable[[Sequence[float]], float]) -> str:
-    """Mean and interval of a number of each subject's and seed's values along a line of arms."""
+    """Mean and interval of a number that each subject and seed gets from its values along a line of arms."""
     if len({tuple(len(group) for group in groups) for groups in by_arm}) > 1:
         return "– (some diverged)"
     return str(estimate([[of(values) for values in zip(*groups, strict=True)] for groups in zip(*by_arm, strict=True)]))

@@ -1,4 +1,4 @@
-"""What the commands print to: standard output, and standard error for errors and progress bars."""
+"""The commands' consoles: standard output, and standard error for errors and progress bars."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ errors = Console(stderr=True)
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is, however long it is and whatever brackets it holds."""
+    """Print a line unchanged: it is not wrapped, and brackets in it are no markup."""
     console.print(escape(text), soft_wrap=True)

@@ -17,7 +17,7 @@ Flags = list[inspect.Parameter]
 
 
 def flags_of(group: type[SettingsModel], names: Iterable[str] | None = None, heading: str | None = None) -> Flags:
-    """A flag for each setting of a group, or for those of some names."""
+    """A flag for each setting of a group, or only for the named ones."""
     return [_flag(group, name, heading) for name in names or group.model_fields]
 
 
@@ -27,7 +27,7 @@ def flags_of_training() -> Flags:
 
 
 def with_flags(flags: Flags) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these flags, too; it gets those that were given, and no others, by name."""
+    """Add flags to a command. It is called by name with those that the user gave, and no others."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -55,7 +55,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def help_of(group: type[SettingsModel], name: str) -> str:
-    """What a setting is, in one line."""
+    """The help of a setting, on one line."""
     return " ".join((group.model_fields[name].description or "").split())
 
 

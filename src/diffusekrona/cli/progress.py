@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Callable[..., None]]:
-    """A bar that its first update shows, so that an error before that stands alone; once full, it makes room."""
+    """A bar that appears with its first update, so that an earlier error stands alone, and stops once it is full."""
     bar = Progress(TextColumn(title), BarColumn(None), *columns, TimeRemainingColumn(), console=errors)
     task = bar.add_task("", **fields)
 

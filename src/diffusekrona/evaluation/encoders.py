@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from ..errors import EvaluationError
 from . import CLIP, DINO
 
-# torchvision resizes otherwise than the Pillow that the published processors were made with.
+# The published processors were made with Pillow, and torchvision resizes in another way.
 _ON_PILLOW = {"backend": "pil"} if find_spec("transformers.image_processing_backends") else {"use_fast": False}
 
 _log = logging.getLogger(__name__)
@@ -70,16 +70,16 @@ class Encoders:
         return self._clip
 
     def image_features(self, images: Iterable[Image.Image]) -> tuple[Tensor, Tensor]:
-        """CLIP's and DINO's features, (n, width) each; the images are taken a batch at a time, so they may be lazy."""
+        """CLIP's and DINO's features, (n, width) each, float32. Images may be lazy: they are read batch by batch."""
         pairs = [(self.clip.images(batch), self.dino.images(batch)) for batch in _batches(images, self.batch_size)]
         return _joined([clip for clip, _ in pairs]), _joined([dino for _, dino in pairs])
 
     def dino_features(self, images: Iterable[Image.Image]) -> Tensor:
-        """DINO's features, (n, width)."""
+        """DINO's features, (n, width), float32."""
         return _joined([self.dino.images(batch) for batch in _batches(images, self.batch_size)])
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """CLIP's features of prompts, (n, width); what its text encoder has no room for is cut off with a warning."""
+        """CLIP's features of prompts, (n, width), float32. Prompts that are too long are cut off with a warning."""
         self.clip.warn_of_long(texts)
         return _joined([self.clip.texts(batch) for batch in _batches(texts, self.batch_size)])
 

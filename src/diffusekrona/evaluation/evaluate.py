@@ -1,4 +1,4 @@
-"""The paper's measurements (Appendix C): what a subject's images score, alone or over folders; and PEFT's drift."""
+"""The paper's scores of a subject's images (Appendix C), in memory or from folders, and PEFT's drift."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def evaluate_subject(
     Args:
         encoders: CLIP and DINO.
         real: photographs of the subject; any mode and size. They may be lazy, so that few are in memory at a time.
-        generated: what was generated of it.
-        prompts: one for each generated image, as CLIP-T shall read it.
+        generated: generated images of it, likewise.
+        prompts: one for each generated image, which CLIP-T compares with it.
         name: of the subject.
         files: names of the generated images; by default their numbers from 1.
 
+    Returns:
+        Cosine similarities, one of each kind per generated image.
+
     Raises:
         EvaluationError: there are no images on a side, or not as many prompts or names as generated images.
+        DatasetError: the pixels of an image cannot be decoded.
     """
     real_clip, real_dino = encoders.image_features(_upright(real))
     clip, dino = encoders.image_features(_upright(generated))
@@ -59,29 +63,31 @@ def evaluate_subject(
 
 
 def measure_drift(encoders: Encoders, adapted: Iterable[Image.Image], base: Iterable[Image.Image]) -> Score:
-    """How far an adapter moves images of prompts without its subject; `metrics.drift` says how.
+    """How far an adapter moves images of prompts without its subject; `metrics.drift` has the formula.
 
     Args:
-        encoders: of which DINO is used.
+        encoders: only DINO is used.
         adapted: generated with the adapter.
         base: generated without it, of the same prompts and seeds in the same order.
 
     Raises:
-        EvaluationError: there are no images, or not as many on either side.
+        EvaluationError: there are no images, or the numbers of the two sides differ.
+        DatasetError: the pixels of an image cannot be decoded.
     """
     return metrics.drift(encoders.dino_features(_upright(adapted)), encoders.dino_features(_upright(base)))
 
 
 def evaluate_folders(encoders: Encoders, images: ImageFolders, on_image: OnImage | None = None) -> Evaluation:
-    """Everything that folders of images allow.
+    """The scores of all subjects, and the drift of all pairs, that `find_images` found.
 
     Args:
         encoders: CLIP and DINO.
         images: what `find_images` found, which has checked all names and prompts.
-        on_image: for a progress bar.
+        on_image: called after each image, for a progress bar.
 
     Raises:
         DatasetError: an image cannot be read; it is named.
+        EvaluationError: there are subjects, but the encoders have no CLIP.
     """
     count = _Counted(len(images), on_image)
     scores = [

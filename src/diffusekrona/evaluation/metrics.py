@@ -17,7 +17,7 @@ from ..errors import EvaluationError
 
 @dataclass(frozen=True)
 class Score:
-    """One number per image, and what they come to.
+    """One number per image, with their mean and spread.
 
     Attributes:
         values: in the order of the images.
@@ -27,7 +27,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Of the values. Of an image-to-image score it is the mean over all pairs, as in equations 6 and 8."""
+        """The mean of the values. For CLIP-I and DINO it is the mean over all pairs, as in equations 6 and 8."""
         return fmean(self.values)
 
     @property
@@ -44,7 +44,7 @@ def image_similarity(generated: Tensor, real: Tensor) -> Score:
         real: features, (n, width).
 
     Returns:
-        For each generated image its mean over the real ones.
+        For each generated image, the mean similarity to the real ones, from -1 to 1.
 
     Raises:
         EvaluationError: there are no images, the widths differ, or features are zero or not finite.

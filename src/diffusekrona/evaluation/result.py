@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is written: JSON with every image's scores, a table of means and spreads."""
+"""The result of an evaluation: JSON with every image's scores, and a table of means and spreads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SubjectScores:
         name: of the subject.
         real: how many real images there are.
         files: the names of the generated images.
-        prompts: what CLIP-T compared each of them with.
+        prompts: the text that CLIP-T compared with each of them.
         clip_i: mean similarity of each image to the real ones, in CLIP's features.
         clip_t: similarity of each image to its prompt.
         dino: mean similarity of each image to the real ones, in DINO's features.
@@ -45,7 +45,7 @@ class SubjectScores:
     dino: Score
 
     def score(self, name: str) -> Score:
-        """One of `SCORES`."""
+        """The score of that name, one of `SCORES`."""
         found: Score = getattr(self, name)
         return found
 
@@ -93,7 +93,7 @@ class Evaluation:
         }
 
     def table(self) -> Table:
-        """For the terminal: mean ± spread."""
+        """The scores as a table for the terminal: mean ± spread."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -103,7 +103,7 @@ class Evaluation:
         return table
 
     def markdown(self) -> str:
-        """The same for a page."""
+        """The same table in Markdown."""
         rows = (_HEAD, ("---",) * len(_HEAD), *self._rows())
         return "\n".join(f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |" for row in rows) + "\n"
 
@@ -130,10 +130,10 @@ class Evaluation:
 
 
 def check_outputs(paths: Sequence[Path]) -> None:
-    """That a result can be written to these paths by their endings.
+    """Check that each path ends in .json or .md.
 
     Raises:
-        EvaluationError: it cannot.
+        EvaluationError: one does not.
     """
     for path in paths:
         if path.suffix not in _SUFFIXES:
