@@ -56,13 +56,14 @@ def generate_images(
     if (height is None) != (width is None):
         # Stable Diffusion's pipeline would ignore the one that is given.
         raise KronAError("Give both height and width, or neither.")
+    unwanted = {} if negative_prompt is None else {"negative_prompt": negative_prompt}  # some have no such thing
     starts = range(0, len(prompts), batch_size)
     images: list[Image.Image] = []
     for batch, start in enumerate(starts):
         chosen = slice(start, start + batch_size)
         images += pipe(
             prompt=prompts[chosen],
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[chosen]),
+            **{name: [value] * len(prompts[chosen]) for name, value in unwanted.items()},
             generator=[torch.Generator().manual_seed(s) for s in seeds[chosen]],
             guidance_scale=guidance_scale,
             num_inference_steps=steps,

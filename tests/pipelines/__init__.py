@@ -6,11 +6,14 @@ default factors (a1, a2) = (4, 64) fit all of them, in the UNet or transformer a
 """
 
 from tests.pipelines.flux import packed, tiny_flux_pipeline
+from tests.pipelines.flux2 import tiny_flux2_pipeline, tiny_klein_pipeline, tokens
 from tests.pipelines.parts import IMAGE_SIZE, TEXT_WIDTH, Tiny
 from tests.pipelines.stable_diffusion import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 FAMILIES = {
     "flux": Tiny(tiny_flux_pipeline, packed, packed),
+    "flux2": Tiny(tiny_flux2_pipeline, stepped=tokens),
+    "klein": Tiny(tiny_klein_pipeline, stepped=tokens),
     "sd": Tiny(tiny_sd_pipeline),
     "sd3": Tiny(tiny_sd3_pipeline),
     "sdxl": Tiny(tiny_sdxl_pipeline),
@@ -21,7 +24,9 @@ __all__ = [
     "FAMILIES",
     "IMAGE_SIZE",
     "TEXT_WIDTH",
+    "tiny_flux2_pipeline",
     "tiny_flux_pipeline",
+    "tiny_klein_pipeline",
     "tiny_sd3_pipeline",
     "tiny_sd_pipeline",
     "tiny_sdxl_pipeline",
