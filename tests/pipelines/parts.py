@@ -1,7 +1,7 @@
 """What tiny pipelines are made of: an autoencoder, text encoders and tokenizers with random weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -38,12 +38,16 @@ class Tiny:
             (batch, channels, height, width).
         stepped: the same, as its scheduler steps on them.
         decoded: of (pipe, pixels), images as its autoencoder encodes and decodes them.
+        program: one that reads its adapters, as `save_krona` calls it.
+        options: of calls of the pipeline in which the denoiser is asked once for a step, beside `guidance_scale` 1.
     """
 
     build: Callable[..., Any]
     given: Callable[[Any, Tensor], Tensor] = _as_they_are
     stepped: Callable[[Any, Tensor], Tensor] = _as_they_are
     decoded: Callable[[Any, Tensor], Tensor] = decoded
+    program: str = "comfyui"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def seeded(seed: int, build: Callable[[], Built]) -> Built:

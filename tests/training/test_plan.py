@@ -11,7 +11,7 @@ from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of
 from diffusekrona.training.plan import Plan, SavedTensors, plan
 from diffusekrona.training.settings import Settings
-from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.pipelines import FAMILIES, IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import examples
 
 
@@ -84,6 +84,17 @@ def test_a_plan_is_what_a_real_step_trains_and_at_least_what_it_keeps(base, valu
     modules = trained_modules(pipe, chosen.training)
     assert found.weights == sum(weight.nbytes for module in modules for weight in module.parameters())
     assert (found.images, found.steps_per_epoch) == (3, 3 / chosen.training.train_batch_size)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_runs_of_each_family_can_be_planned(name, tmp_path):
+    """A plan's prompts are as long as they can be."""
+    pipe, folder = saved_base(FAMILIES[name].build, tmp_path)
+    chosen = settings(folder, train_batch_size=3, resolution=IMAGE_SIZE)
+    found = plan(chosen)
+    krona = inject_krona(pipe, KronAConfig(a1=4, a2=8))
+    assert found.activations >= kept_bytes(pipe, chosen)
+    assert found.parameters == sum(factor.numel() for factor in krona.parameters())
 
 
 def test_text_encoders_that_are_trained_keep_activations_too(base):

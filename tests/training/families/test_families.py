@@ -57,8 +57,9 @@ def one_step(pipe, prompt=PROMPT, **options):
         return step(answer, *args, **kwargs)
 
     pipe.scheduler.step = listen
-    options = {"num_inference_steps": 1, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "output_type": "latent"} | options
-    said, _ = told(family_of(pipe).denoiser, lambda: pipe(prompt, guidance_scale=1.0, **options))
+    usual = {"num_inference_steps": 1, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "output_type": "latent"}
+    options = {"guidance_scale": 1.0} | usual | options
+    said, _ = told(family_of(pipe).denoiser, lambda: pipe(prompt=prompt, **options))
     return said, answers[0]
 
 
@@ -74,7 +75,7 @@ def test_the_denoiser_hears_what_the_pipeline_would_tell_it(tiny):
     pipe = tiny.build()
     family = family_of(pipe)
     noisy = latents_of(family)
-    theirs, answer = one_step(pipe, latents=tiny.given(pipe, noisy))
+    theirs, answer = one_step(pipe, latents=tiny.given(pipe, noisy), **tiny.options)
     sizes = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]], dtype=torch.float32)
     timesteps = pipe.scheduler.timesteps[:1]
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_latents_are_those_that_the_pipeline_decodes(tiny):
         mean, std = family.posterior(pixels)
     assert mean.shape[1:] == std.shape[1:] == family.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
     pipe.scheduler.step = lambda *args, **kwargs: (tiny.stepped(pipe, mean),)
-    found = pipe(PROMPT, num_inference_steps=1, height=IMAGE_SIZE, width=IMAGE_SIZE, output_type="pt")[0]
+    found = pipe(prompt=PROMPT, num_inference_steps=1, height=IMAGE_SIZE, width=IMAGE_SIZE, output_type="pt")[0]
     torch.testing.assert_close(found, tiny.decoded(pipe, pixels), atol=1e-4, rtol=0)
 
 
@@ -122,14 +123,15 @@ def test_an_example_is_shaped_like_the_longest_prompt(tiny):
     family = family_of(tiny.build())
     told = family.encode(["a dog " * 1000], CPU)
     example = family.example(1)
-    assert {name: tensor.shape for name, tensor in told.items()} == {n: t.shape for n, t in example.items()}
+    assert {name: told[name].shape for name in example} == {name: tensor.shape for name, tensor in example.items()}
+    assert all(told[name].dtype == torch.bool and told[name].all() for name in told.keys() - example.keys())
 
 
 @EACH
 def test_noise_levels_are_shifted_as_the_pipelines_are(tiny):
     pipe = tiny.build()
     family, goal = family_of(pipe), objective_of(pipe.scheduler, CPU)
-    one_step(pipe, num_inference_steps=50)  # FLUX.2 shifts by the number of steps, too
+    one_step(pipe, num_inference_steps=50, **tiny.options)  # FLUX.2 shifts by the number of steps, too
     if isinstance(goal, FlowMatching):
         shift = family.shift(family.tokens(IMAGE_SIZE, IMAGE_SIZE))
         places = [1 - step / 50 for step in range(50)]
