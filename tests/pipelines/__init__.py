@@ -7,6 +7,7 @@ default factors (a1, a2) = (4, 64) fit all of them, in the UNet or transformer a
 
 from tests.pipelines.flux import packed, tiny_flux_pipeline
 from tests.pipelines.flux2 import tiny_flux2_pipeline, tiny_klein_pipeline, tokens
+from tests.pipelines.krea2 import tiny_krea2_pipeline
 from tests.pipelines.parts import IMAGE_SIZE, TEXT_WIDTH, Tiny
 from tests.pipelines.qwen_image import decoded_frame, tiny_qwen_image_pipeline
 from tests.pipelines.stable_diffusion import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -15,6 +16,7 @@ FAMILIES = {
     "flux": Tiny(tiny_flux_pipeline, packed, packed),
     "flux2": Tiny(tiny_flux2_pipeline, stepped=tokens),
     "klein": Tiny(tiny_klein_pipeline, stepped=tokens),
+    "krea2": Tiny(tiny_krea2_pipeline, packed, packed, decoded_frame, options={"guidance_scale": 0.0}),
     "qwen-image": Tiny(tiny_qwen_image_pipeline, packed, packed, decoded_frame),
     "sd": Tiny(tiny_sd_pipeline),
     "sd3": Tiny(tiny_sd3_pipeline),
@@ -29,6 +31,7 @@ __all__ = [
     "tiny_flux2_pipeline",
     "tiny_flux_pipeline",
     "tiny_klein_pipeline",
+    "tiny_krea2_pipeline",
     "tiny_qwen_image_pipeline",
     "tiny_sd3_pipeline",
     "tiny_sd_pipeline",

@@ -10,6 +10,7 @@ from ...errors import UnsupportedPipelineError
 from .family import Family
 from .flux import Flux
 from .flux2 import Flux2
+from .krea2 import Krea2
 from .qwen_image import QwenImage
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
@@ -19,7 +20,7 @@ __all__ = ["Family", "families", "family_of", "register_family"]
 PLUGINS = "diffusekrona.families"
 """Group of the entry points by which installed packages name families of their own."""
 
-_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage]
+_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage, Krea2]
 
 
 def register_family(family: type[Family]) -> type[Family]:
