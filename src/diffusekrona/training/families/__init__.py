@@ -12,6 +12,7 @@ from .flux import Flux
 from .flux2 import Flux2
 from .krea2 import Krea2
 from .qwen_image import QwenImage
+from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 
@@ -20,7 +21,7 @@ __all__ = ["Family", "families", "family_of", "register_family"]
 PLUGINS = "diffusekrona.families"
 """Group of the entry points by which installed packages name families of their own."""
 
-_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage, Krea2]
+_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage, Krea2, Sana]
 
 
 def register_family(family: type[Family]) -> type[Family]:
