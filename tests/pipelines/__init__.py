@@ -9,6 +9,7 @@ from tests.pipelines.flux import packed, tiny_flux_pipeline
 from tests.pipelines.flux2 import tiny_flux2_pipeline, tiny_klein_pipeline, tokens
 from tests.pipelines.krea2 import tiny_krea2_pipeline
 from tests.pipelines.parts import IMAGE_SIZE, TEXT_WIDTH, Tiny
+from tests.pipelines.pixart import tiny_pixart_pipeline
 from tests.pipelines.qwen_image import decoded_frame, tiny_qwen_image_pipeline
 from tests.pipelines.sana import decoded_latent, tiny_sana_pipeline
 from tests.pipelines.stable_diffusion import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -18,6 +19,7 @@ FAMILIES = {
     "flux2": Tiny(tiny_flux2_pipeline, stepped=tokens),
     "klein": Tiny(tiny_klein_pipeline, stepped=tokens),
     "krea2": Tiny(tiny_krea2_pipeline, packed, packed, decoded_frame, options={"guidance_scale": 0.0}),
+    "pixart": Tiny(tiny_pixart_pipeline),
     "qwen-image": Tiny(tiny_qwen_image_pipeline, packed, packed, decoded_frame),
     "sana": Tiny(tiny_sana_pipeline, decoded=decoded_latent, program="diffusers"),
     "sd": Tiny(tiny_sd_pipeline),
@@ -34,6 +36,7 @@ __all__ = [
     "tiny_flux_pipeline",
     "tiny_klein_pipeline",
     "tiny_krea2_pipeline",
+    "tiny_pixart_pipeline",
     "tiny_qwen_image_pipeline",
     "tiny_sana_pipeline",
     "tiny_sd3_pipeline",

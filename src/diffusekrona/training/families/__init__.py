@@ -11,6 +11,7 @@ from .family import Family
 from .flux import Flux
 from .flux2 import Flux2
 from .krea2 import Krea2
+from .pixart import PixArt
 from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
@@ -21,7 +22,7 @@ __all__ = ["Family", "families", "family_of", "register_family"]
 PLUGINS = "diffusekrona.families"
 """Group of the entry points by which installed packages name families of their own."""
 
-_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage, Krea2, Sana]
+_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, QwenImage, Krea2, Sana, PixArt]
 
 
 def register_family(family: type[Family]) -> type[Family]:
