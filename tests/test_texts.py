@@ -112,7 +112,10 @@ KNOWN = our_names() | THEIRS.keys() | THEIR_ARGUMENTS.keys() | OF_ACCELERATE | I
 
 
 def unknown_names(text: Text) -> set[str]:
-    return set(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", text.words)) - KNOWN
+    """Of `name_with_underscores`, but not where texts speak of other people's models."""
+    if text.place.startswith(("files/layouts/", "training/families/")):
+        return set()
+    return set(re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b", text.words)) - KNOWN
 
 
 def unknown_arguments(text: Text) -> set[str]:
