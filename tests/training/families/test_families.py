@@ -114,7 +114,8 @@ def test_latents_are_those_that_the_pipeline_decodes(tiny):
         mean, std = family.posterior(pixels)
     assert mean.shape[1:] == std.shape[1:] == family.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
     pipe.scheduler.step = lambda *args, **kwargs: (tiny.stepped(pipe, mean),)
-    found = pipe(prompt=PROMPT, num_inference_steps=1, height=IMAGE_SIZE, width=IMAGE_SIZE, output_type="pt")[0]
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    found = pipe(prompt=PROMPT, num_inference_steps=1, output_type="pt", **size, **tiny.options)[0]
     torch.testing.assert_close(found, tiny.decoded(pipe, pixels), atol=1e-4, rtol=0)
 
 

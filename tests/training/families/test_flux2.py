@@ -9,7 +9,7 @@ from diffusekrona.training.families import family_of
 from diffusekrona.training.families.flux2 import mu
 from tests.pipelines import tiny_flux2_pipeline, tiny_klein_pipeline
 from tests.training.families.steps import CPU, Step
-from tests.training.families.test_families import one_step, told
+from tests.training.families.test_families import told
 
 EACH = pytest.mark.parametrize("build", [tiny_flux2_pipeline, tiny_klein_pipeline], ids=["flux2", "klein"])
 

@@ -100,7 +100,10 @@ class Family(ABC):
 
     @abstractmethod
     def example(self, count: int) -> dict[str, Tensor]:
-        """Tensors of the shapes that `encode` gives for so many prompts at most, without meaning."""
+        """Tensors of the shapes that `encode` gives for so many prompts at most, without meaning.
+
+        No prompt is padded then, and a mask may be left out, if `predict` can do without.
+        """
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of images, as the denoiser has them.

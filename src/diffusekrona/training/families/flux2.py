@@ -53,13 +53,10 @@ class Flux2(Family):
         """Of patches: less the mean, over the standard deviation, that the autoencoder's batch norm has of each."""
         vae = self.pipe.vae
         found = vae.encode(pixels).latent_dist
-        mean, variance = (
-            values.view(1, -1, 1, 1).to(found.mean) for values in (vae.bn.running_mean, vae.bn.running_var)
-        )
+        patches, spread = (nn.functional.pixel_unshuffle(part, 2) for part in (found.mean, found.std))
+        mean, variance = (part.view(1, -1, 1, 1).to(patches) for part in (vae.bn.running_mean, vae.bn.running_var))
         std = (variance + vae.config.batch_norm_eps).sqrt()
-        return (nn.functional.pixel_unshuffle(found.mean, 2) - mean) / std, nn.functional.pixel_unshuffle(
-            found.std, 2
-        ) / std
+        return (patches - mean) / std, spread / std
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         """What the transformer says; it is not told of sizes."""
