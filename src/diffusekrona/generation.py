@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def generate_images(
     D.6 found best: guidance from 7 to 10 and about 50 steps.
 
     Args:
-        pipe: a text-to-image pipeline, with or without adapters.
+        pipe: a text-to-image pipeline, with or without adapters, or one of videos, of which one frame is drawn.
         prompts: one per image.
         seed: of every image, or one per image.
         guidance_scale: how closely to follow the prompt; 1 or less turns guidance off.
@@ -57,11 +58,13 @@ def generate_images(
         # Stable Diffusion's pipeline would ignore the one that is given.
         raise KronAError("Give both height and width, or neither.")
     unwanted = {} if negative_prompt is None else {"negative_prompt": negative_prompt}  # some have no such thing
+    films = "num_frames" in inspect.signature(pipe).parameters
+    frame = {"num_frames": 1, "output_type": "pil"} if films else {}
     starts = range(0, len(prompts), batch_size)
     images: list[Image.Image] = []
     for batch, start in enumerate(starts):
         chosen = slice(start, start + batch_size)
-        images += pipe(
+        made = pipe(
             prompt=prompts[chosen],
             **{name: [value] * len(prompts[chosen]) for name, value in unwanted.items()},
             generator=[torch.Generator().manual_seed(s) for s in seeds[chosen]],
@@ -70,7 +73,9 @@ def generate_images(
             height=height,
             width=width,
             callback_on_step_end=_reporter(on_step, batch * steps, len(starts) * steps, steps),
-        ).images
+            **frame,
+        )
+        images += [video[0] for video in made.frames] if frame else made.images
     return images
 
 

@@ -13,6 +13,7 @@ from tests.pipelines.pixart import tiny_pixart_pipeline
 from tests.pipelines.qwen_image import decoded_frame, tiny_qwen_image_pipeline
 from tests.pipelines.sana import decoded_latent, tiny_sana_pipeline
 from tests.pipelines.stable_diffusion import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.pipelines.wan import as_video, decoded_video, tiny_wan_pipeline
 from tests.pipelines.zimage import tiny_zimage_pipeline
 
 FAMILIES = {
@@ -26,6 +27,7 @@ FAMILIES = {
     "sd": Tiny(tiny_sd_pipeline),
     "sd3": Tiny(tiny_sd3_pipeline),
     "sdxl": Tiny(tiny_sdxl_pipeline),
+    "wan": Tiny(tiny_wan_pipeline, as_video, as_video, decoded_video, options={"num_frames": 1}),
     "z-image": Tiny(tiny_zimage_pipeline, options={"guidance_scale": 0.0}),
 }
 """A pipeline of each family that can be trained."""
@@ -44,5 +46,6 @@ __all__ = [
     "tiny_sd3_pipeline",
     "tiny_sd_pipeline",
     "tiny_sdxl_pipeline",
+    "tiny_wan_pipeline",
     "tiny_zimage_pipeline",
 ]

@@ -70,3 +70,11 @@ class Step:
         assert max(tensor.abs().max() for name, tensor in ours.items() if name != "loss") > 1e-5
         for name, tensor in expected.items():
             torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-4)
+
+
+def shifts_as_its_pipeline(pipe: Any, size: tuple[int, int]) -> bool:
+    """Whether a flow's family shifts noise levels as its pipeline does that draws an image of that height and width."""
+    family = family_of(pipe)
+    pipe("a toy", num_inference_steps=4, height=size[0], width=size[1], output_type="latent")
+    ours = objective_of(pipe.scheduler, CPU).level(0.75, family.shift(family.tokens(*size)))
+    return abs(ours - float(pipe.scheduler.sigmas[1])) < 1e-6

@@ -5,7 +5,7 @@ import torch
 
 from diffusekrona.training.families import family_of
 from tests.pipelines import tiny_krea2_pipeline
-from tests.training.families.steps import CPU, Step
+from tests.training.families.steps import CPU, Step, shifts_as_its_pipeline
 
 
 def the_scripts_loss(step):
@@ -45,6 +45,8 @@ def test_what_the_padding_holds_does_not_count():
 
 @pytest.mark.parametrize("distilled", [True, False])
 def test_distilled_models_shift_all_sizes_alike(distilled):
+    assert shifts_as_its_pipeline(tiny_krea2_pipeline(0, distilled, base_image_seq_len=8), (32, 64))
     family = family_of(tiny_krea2_pipeline(distilled=distilled))
+    assert family.tokens(32, 64) == 32
     assert family.shift(6400) == pytest.approx(math.exp(1.15))
     assert family.shift(256) == pytest.approx(math.exp(1.15 if distilled else 0.5))

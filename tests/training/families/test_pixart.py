@@ -35,6 +35,7 @@ def test_alpha_of_1024_pixels_is_told_of_sizes(height):
     pipe = tiny_pixart_pipeline(kind=PixArtAlphaPipeline, sample_size=128)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)  # with which α draws in a single step
     family = family_of(pipe)
+    assert family.tokens(32, 32) == 16
     noisy = torch.cat([latents_of(family)] * (height // 32), dim=2)
     theirs, _ = one_step(pipe, latents=noisy, height=height)
     text = family.encode(["a dog on sand"], CPU)

@@ -5,7 +5,7 @@ from diffusers import QwenImageEditPipeline, QwenImagePipeline
 from diffusekrona.training import UnsupportedPipelineError
 from diffusekrona.training.families import family_of
 from tests.pipelines import tiny_qwen_image_pipeline
-from tests.training.families.steps import CPU, Step
+from tests.training.families.steps import CPU, Step, shifts_as_its_pipeline
 
 
 def the_scripts_loss(step):
@@ -38,6 +38,13 @@ def test_the_mask_tells_where_a_short_prompt_ends():
     assert text["mask"].sum(1).diff().tolist() == [-4]
     assert text["mask"].dtype == torch.bool
     assert not text["hidden"][1, -4:].any()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+def test_noise_levels_are_shifted_by_the_number_of_tokens(size):
+    pipe = tiny_qwen_image_pipeline(base_image_seq_len=8, max_image_seq_len=64)
+    assert family_of(pipe).tokens(*size) == size[1] // 2
+    assert shifts_as_its_pipeline(pipe, size)
 
 
 @pytest.mark.parametrize("name", ["zero_cond_t", "use_additional_t_cond"])

@@ -34,6 +34,7 @@ def test_latents_have_no_spread_and_the_autoencoders_scale():
         mean, std = family_of(pipe).posterior(pixels)
         torch.testing.assert_close(mean, pipe.vae.encode(pixels).latent * 0.4)
     assert not std.any()
+    assert family_of(pipe).tokens(32, 64) == mean[0, 0].numel()
 
 
 def test_a_transformers_scale_of_timesteps_counts():

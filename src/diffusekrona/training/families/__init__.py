@@ -16,6 +16,7 @@ from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
+from .wan import Wan
 from .zimage import ZImage
 
 __all__ = ["Family", "families", "family_of", "register_family"]
@@ -23,7 +24,18 @@ __all__ = ["Family", "families", "family_of", "register_family"]
 PLUGINS = "diffusekrona.families"
 """Group of the entry points by which installed packages name families of their own."""
 
-_FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusion3, Flux, Flux2, ZImage, QwenImage, Krea2, Sana, PixArt]
+_FAMILIES: list[type[Family]] = [
+    StableDiffusion,
+    StableDiffusion3,
+    Flux,
+    Flux2,
+    ZImage,
+    QwenImage,
+    Krea2,
+    Sana,
+    PixArt,
+    Wan,
+]
 
 
 def register_family(family: type[Family]) -> type[Family]:

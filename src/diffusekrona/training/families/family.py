@@ -68,15 +68,20 @@ class Family(ABC):
         return int(config.get("latent_channels") or config.get("z_dim"))
 
     @property
+    def factor(self) -> int:
+        """Pixels of a side that become one element of the latents."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
     def reduction(self) -> int:
         """Pixels of a side that become one element of what the denoiser computes on; sides are multiples of it."""
-        return int(self.pipe.vae_scale_factor * self.PATCH * (self.denoiser.config.get("patch_size") or 1))
+        return int(self.factor * self.PATCH * (self.denoiser.config.get("patch_size") or 1))
 
     @property
     def resolution(self) -> int:
         """Side in pixels of the images that the denoiser was trained on, or that its pipeline draws by default."""
         size = self.denoiser.config.get("sample_size") or self.pipe.default_sample_size
-        return int(size if isinstance(size, int) else min(size)) * int(self.pipe.vae_scale_factor)
+        return int(size if isinstance(size, int) else min(size)) * self.factor
 
     def tokens(self, height: int, width: int) -> int:
         """How many tokens the denoiser makes of an image of that height and width in pixels."""
@@ -84,8 +89,7 @@ class Family(ABC):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height and width of what `posterior` gives for images of that height and width in pixels."""
-        factor = int(self.pipe.vae_scale_factor)
-        return self.latent_channels, height // factor, width // factor
+        return self.latent_channels, height // self.factor, width // self.factor
 
     def shift(self, tokens: int) -> float:
         """By which the pipeline shifts a flow's noise levels when it draws an image of so many tokens.

@@ -42,8 +42,7 @@ class PixArt(Family):
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
         """What the transformer says of the noise; α of 1024 pixels is told of the image's size."""
         count, channels, height, width = noisy.shape
-        factor = int(self.pipe.vae_scale_factor)
-        size = torch.tensor([[height * factor, width * factor]] * count).to(noisy)
+        size = torch.tensor([[height * self.factor, width * self.factor]] * count).to(noisy)
         told = self.denoiser.use_additional_conditions
         prediction: Tensor = self.denoiser(
             noisy,

@@ -38,7 +38,7 @@ class QwenImage(Family):
     @property
     def reduction(self) -> int:
         """Of the autoencoder and of patches; the transformer's `patch_size` speaks of the same patches."""
-        return int(self.pipe.vae_scale_factor) * self.PATCH
+        return self.factor * self.PATCH
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """Hidden states (prompts, tokens, width), and which tokens are the prompt's (prompts, tokens)."""
