@@ -38,7 +38,7 @@ class TrainingConfigError(KronAError):
 
 
 class UnsupportedPipelineError(KronAError):
-    """The pipeline is not one that this trainer knows: Stable Diffusion 1.x, 2.x, SDXL or 3, text to image."""
+    """The pipeline is of no family that this trainer knows, or is none from text to image."""
 
 
 class TrainingDivergedError(KronAError):
@@ -54,11 +54,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     Attributes:
         checkpoint: the file that the run can go on from, or None.
+        adapter: the file of the adapter as it was then, or None.
     """
 
     def __init__(self, step: int, checkpoint: Path | None) -> None:
         super().__init__(f"Stopped after step {step}.")
         self.step, self.checkpoint = step, checkpoint
+        self.adapter: Path | None = None
 
 
 class EvaluationError(KronAError):

@@ -1,6 +1,7 @@
 """Whole runs as their settings say, on a tiny base."""
 
 import base64
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffusekrona import load_krona
 from diffusekrona.base import load_base
 from diffusekrona.errors import KronAError
 from diffusekrona.training import CheckpointError, TrainingConfigError, TrainingStep
+from diffusekrona.training.export import export_checkpoint
 from diffusekrona.training.reports import loss_curve
 from diffusekrona.training.run import class_images, image_plan, run
 from diffusekrona.training.settings import Settings, read_settings
@@ -54,6 +56,10 @@ def settings(place: Path, output: Path, **values: Any) -> Settings:
 def factors(path: Path) -> dict[str, torch.Tensor]:
     pipe = tiny_sd_pipeline()
     load_krona(pipe, path)
+    return factors_in(pipe)
+
+
+def factors_in(pipe: Any) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": factor.detach()
         for name, layer in krona_layers(pipe.unet).items()
@@ -161,7 +167,7 @@ def test_class_images_are_trained_on(place: Path, tmp_path: Path) -> None:
     with_class, without = (
         run(settings(place, tmp_path / name, **values)) for name, values in (("a", prior), ("b", {}))
     )
-    assert (tmp_path / "a" / "run" / "class" / "class-00000.png").is_file()
+    assert len(list((tmp_path / "a" / "run" / "class").glob("class-*-00000.png"))) == 1
     assert all(a > b for a, b in zip(with_class.result.losses, without.result.losses, strict=True))
 
 
@@ -184,8 +190,8 @@ def test_class_images_that_are_there_count(place: Path, tmp_path: Path) -> None:
             on_class_image=lambda done, count: drawn.append((done, count)),
         )
     assert drawn == [(1, 4), (3, 4), (4, 4)]
-    names = {path.name for path in (tmp_path / "class").iterdir()}
-    assert names == {"own.jpg", *(f"class-{number:05d}.png" for number in range(3))}
+    assert (tmp_path / "class" / "own.jpg").is_file()
+    assert len(list((tmp_path / "class").iterdir())) == 4
     pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "class").glob("*.png"))]
     assert not np.array_equal(pictures[0], pictures[1])
 
@@ -195,7 +201,8 @@ def test_class_images_are_drawn_and_read_as_the_settings_say(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        "diffusekrona.training.run.draw_class_images", lambda *some, **named: asked.append((some, named))
+        "diffusekrona.training.run.draw_class_images",
+        lambda *some, **named: asked.append((some, named)) or ["0.png", "2.png"],
     )
     prior = {"with_prior_preservation": True, "class_prompt": "a toy", "class_data_dir": place / "images"}
     chosen = settings(place, tmp_path, **prior, num_class_images=7, sample_batch_size=2, seed=5)
@@ -204,8 +211,8 @@ def test_class_images_are_drawn_and_read_as_the_settings_say(
     ((some, named),) = asked
     assert some == ("pipe", "a toy", place / "images", 7)
     assert named == {"batch_size": 2, "seed": 5, "device": torch.device("cpu"), "on_image": on_image}
-    assert [one.prompt for one in found] == ["a toy"] * 3
-    assert class_images("pipe", settings(place, tmp_path, class_prompt="a toy"), plan, on_image) == []
+    assert [(one.prompt, Path(one.source).name) for one in found] == [("a toy", "0.png"), ("a toy", "2.png")]
+    assert class_images("pipe", settings(place, tmp_path), plan, on_image) == []
     assert len(asked) == 1
 
 
@@ -258,14 +265,128 @@ def test_another_run_is_not_resumed(place: Path, tmp_path: Path) -> None:
         run(settings(place, tmp_path / "toy", learning_rate=2e-2, resume=True))
 
 
-def test_an_adapter_that_cannot_be_pushed_is_on_disk_and_the_error_says_so(
+def test_a_hub_that_takes_nothing_is_told_before_the_first_step(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(KronAError, match=r"The adapter is in .*toy, but could not be pushed"):
-        run(settings(place, tmp_path / "toy", push_to_hub="nobody/toy"))
+    with pytest.raises(KronAError, match=r"does not let nobody/toy be written to, so nothing was begun"):
+        run(settings(place, tmp_path / "toy", push_to_hub=True, hub_model_id="nobody/toy"))
+    assert not (tmp_path / "toy" / "run").exists()
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """But for those of images that are small."""
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [text for text in told if not text.startswith("Smaller than")]
+
+
+@pytest.mark.parametrize(
+    ("broken", "values", "said"),
+    [
+        (
+            "diffusekrona.training.run.push",
+            {"push_to_hub": True, "hub_model_id": "me/toy"},
+            "could not be pushed to me/toy",
+        ),
+        ("diffusekrona.training.run.run_page", {}, "report could not be written"),
+        ("diffusekrona.training.run.Validation.draw", {"validation_prompt": ["a toy"]}, "could not be drawn"),
+        ("diffusekrona.training.run.Trackers.step", {}, "could not be written down; the training goes on"),
+        ("diffusekrona.training.run.Trackers.close", {}, "could not be written to its end"),
+    ],
+    ids=["push", "page", "draw", "step", "close"],
+)
+def test_what_the_adapter_does_not_need_never_costs_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, broken: str, values: Any, said: str
+) -> None:
+    def fail(*some: Any, **named: Any) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("diffusekrona.training.hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "files", {}, raising=False)
+    monkeypatch.setattr(broken, fail)
+    run(settings(place, tmp_path / "toy", **values))
     assert factors(tmp_path / "toy")
+    (told,) = [text for text in warnings_in(caplog) if "no room" in text]
+    assert said in told
+
+
+@pytest.mark.parametrize("prompt", ["for $5 and a $10 bill", "$x_{1$", "\\frac{5} & $10_^ %", "<b>[bold]{x}"])
+def test_a_prompt_is_text_and_nothing_else(place: Path, tmp_path: Path, caplog: Any, prompt: str) -> None:
+    run(settings(place, tmp_path / "toy", instance_prompt=prompt, validation_prompt=[prompt], max_train_steps=1))
+    assert (tmp_path / "toy" / "run" / "validation" / "sheet.png").is_file()
+    assert not warnings_in(caplog)
+
+
+# Files on the way
+
+
+def test_each_saved_step_is_an_adapter_that_loads(place: Path, tmp_path: Path) -> None:
+    averaged = {"ema_decay": 0.5}
+    run(settings(place, tmp_path / "long", save_every=2, **averaged))
+    short = run(settings(place, tmp_path / "short", max_train_steps=2, **averaged))
+    first, last = sorted((tmp_path / "long" / "run" / "steps").iterdir())
+    assert first.name == "long-step00000002.safetensors"
+    assert same(factors(first), factors(short.saved[1]))
+    assert same(factors(last), factors(tmp_path / "long"))
+
+
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.5}, {"factors": {"to_k": (8, 4)}, "num_terms": 2}], ids=str)
+@pytest.mark.parametrize("target", ["toy", "toy.safetensors"])
+def test_a_checkpoint_is_exported_as_the_adapter_that_it_is_of(
+    place: Path, tmp_path: Path, values: dict[str, Any], target: str
+) -> None:
+    outcome = run(settings(place, tmp_path / "run-of-it", **values))
+    for number, source in enumerate((outcome.saved[0], outcome.page.parent, outcome.page.parent / "checkpoints")):
+        assert export_checkpoint(source, tmp_path / str(number) / target) == 4
+        assert same(factors(tmp_path / str(number) / target), factors(outcome.saved[0]))
+
+
+def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint, which is called like"):
+        export_checkpoint(tmp_path, tmp_path / "toy")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        export_checkpoint(tmp_path / "gone.safetensors", tmp_path / "toy")
+
+
+def test_a_renamed_run_goes_on_where_it_is(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    relative = {"pretrained_model_name_or_path": "base", "instance_data_dir": "images"}
+    for name in ("toy", "bear.safetensors"):
+        run(settings(place, tmp_path / "a" / name, **relative))
+    whole = run(settings(place, tmp_path / "whole", max_train_steps=6))
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("toy/run", "bear/run"):
+        found = read_settings(tmp_path / "b" / folder / "settings.yaml")
+        again = run(Settings.of({**found, "resume": True, "max_train_steps": 6}))
+        assert again.result.losses == whole.result.losses
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_single_files_settings_name_it(place: Path, tmp_path: Path) -> None:
+    run(settings(place, tmp_path / "toy.v2.safetensors", max_train_steps=1))
+    found = read_settings(tmp_path / "toy.v2" / "run" / "settings.yaml")
+    assert Settings.of(found).output.output_dir == tmp_path / "toy.v2.safetensors"
+
+
+def test_a_resume_that_finds_nothing_says_so(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing to resume: .*checkpoints has no checkpoint"):
+        run(settings(place, tmp_path / "toy", resume=True))
+
+
+@pytest.mark.parametrize("name", ["README.md", "toy.safetensors", "toy-lokr.safetensors", "unet"])
+def test_what_was_in_the_output_folder_before_is_not_replaced(place: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "toy"
+    output.mkdir()
+    (output / name).write_text("precious")
+    with pytest.raises(KronAError, match=f"{re.escape(name)} is there already, and no run of this folder wrote it"):
+        run(settings(place, output, also="lokr"))
+    assert (output / name).read_text() == "precious"
+    (output / name).rename(output / "kept")
+    run(settings(place, output, also="lokr", max_train_steps=1))
+    run(settings(place, output, also="lokr", max_train_steps=2, resume=True))
+    assert (output / "kept").read_text() == "precious"
 
 
 class Hub:
@@ -296,9 +417,9 @@ class Hub:
 def test_the_adapter_is_pushed_without_its_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, pushed: list[str]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("diffusekrona.training.hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "files", {}, raising=False)
-    run(settings(place, tmp_path / output, push_to_hub="me/toy", max_train_steps=1))
+    run(settings(place, tmp_path / output, push_to_hub=True, hub_model_id="me/toy", max_train_steps=1))
     assert {name: sorted(files) for name, files in Hub.files.items()} == {"me/toy": pushed}
 
 

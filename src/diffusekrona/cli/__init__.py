@@ -22,6 +22,7 @@ for _command in (
     generate.generate,
     evaluate.evaluate,
     params.params,
+    files.export,
     files.inspect,
     files.convert,
     files.extract,

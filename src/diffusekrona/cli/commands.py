@@ -13,7 +13,7 @@ from .console import errors
 
 
 class Commands(TyperGroup):
-    """Ends a command with one line instead of a traceback where the user can mend it."""
+    """Commands that end with one line instead of a traceback where the user can mend the cause."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; exit code 1 for an error of ours or of the system, 130 for Ctrl-C."""
@@ -28,12 +28,13 @@ class Commands(TyperGroup):
 
 
 def _stopped(interrupt: KeyboardInterrupt) -> str:
-    if isinstance(interrupt, TrainingInterrupted) and interrupt.checkpoint is not None:
-        from ..training.run import train_command
+    if not isinstance(interrupt, TrainingInterrupted) or interrupt.checkpoint is None:
+        return "Stopped before the end."
+    from ..training.run import train_command
 
-        again = train_command(interrupt.checkpoint.parents[1], resume=True)
-        return f"{interrupt} Its state is in {interrupt.checkpoint}. To go on from there:\n{again}"
-    return "Stopped before the end."
+    again = train_command(interrupt.checkpoint.parents[1], resume=True)
+    adapter = f" The adapter so far is {interrupt.adapter}." if interrupt.adapter is not None else ""
+    return f"{interrupt}{adapter} Its state is in {interrupt.checkpoint}. To go on from there:\n{again}"
 
 
 class QuietCommand(TyperCommand):

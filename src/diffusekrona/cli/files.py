@@ -58,8 +58,21 @@ AlphaOfWholeOption = Annotated[
 ]
 
 
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint of a run, or the folder of a run or of its output, for the newest one.")
+    ],
+    output: Output,
+) -> None:
+    """Write the adapter of a run's checkpoint as a file that loads."""
+    from ..training.export import export_checkpoint
+
+    step = export_checkpoint(checkpoint, output)
+    print_line(f"Saved {output}, the adapter after step {step}")
+
+
 def inspect(file: Adapter, every_layer: EveryLayer = False) -> None:
-    """Say what a file is: method, program, model, shapes, ranks, norms, header, and what can be done with it."""
+    """Describe a file: method, program, model, shapes, ranks, norms, header, and possible conversions."""
     from ..files.inspect import METHODS, inspect_file
 
     found = inspect_file(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,11 @@ class ImagePlan(ImageSettings):
 
 
 def load_folder(
-    folder: str | Path, prompt: str | None, plan: ImagePlan, caption_column: str = "text"
+    folder: str | Path,
+    prompt: str | None,
+    plan: ImagePlan,
+    caption_column: str = "text",
+    only: Collection[str] | None = None,
 ) -> list[TrainingImage]:
     """Load every image of a folder, in the order of their names, and of its subfolders as kohya's scripts name them.
 
@@ -128,6 +132,7 @@ def load_folder(
         prompt: the prompt of every image that has none of its own, such as "a sks dog".
         plan: what becomes of each.
         caption_column: the column of captions in the folder's metadata.
+        only: names of the files to take, where these are not all.
 
     Raises:
         DatasetError: no such folder, no image in it, an image that cannot be read, or an empty or missing prompt.
@@ -138,6 +143,8 @@ def load_folder(
         captions = read_captions(part.folder, [path.name for path in part.images], caption_column)
         common = part.prompt if prompt is None else prompt
         for path in part.images:
+            if only is not None and path.name not in only:
+                continue
             read = partial(_read, path, captions.by_name.get(path.name, common), part.masks.get(path))
             found.append(_Source(str(path), read, part.repeats))
         passed_over += part.passed_over(captions.files)

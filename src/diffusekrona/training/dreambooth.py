@@ -15,6 +15,7 @@ from ..tuner.config import KronAConfig
 from .checkpoints import base_identity
 from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
+from .export import ABOUT_ADAPTER
 from .families import family_of
 from .loop import TrainingResult, TrainingStep, fit
 from .runtime import seeded
@@ -65,7 +66,7 @@ def train_dreambooth(
         KronAError: the adapter cannot be injected.
     """
     config, krona_config = config or TrainingConfig(), krona_config or KronAConfig()
-    about = {f"the adapter's {name}": value for name, value in krona_config.to_dict().items()}
+    about = {f"{ABOUT_ADAPTER}{name}": value for name, value in krona_config.to_dict().items()}
     family_of(pipe)
     about["the base model"] = base_identity(pipe)
     examples = _examples(images, prompt, plan or ImagePlan(training_resolution(pipe, None)))

@@ -93,7 +93,7 @@ class Validation:
                 axes.set(xticks=[], yticks=[])
             row[0].set_ylabel(f"step {step}")
         for prompt, axes in zip(self._prompts, grid[0], strict=True):
-            axes.set_title(prompt, fontsize=8, wrap=True)
+            axes.set_title(prompt, fontsize=8, wrap=True, parse_math=False)
         return figure_png(figure)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
@@ -61,10 +61,15 @@ def accelerator_for(mixed_precision: str) -> Iterator[Accelerator]:
     ours = not is_initialized()
     this_process()
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
+        # With the plugin, the environment's number of steps does not count: the trainer accumulates by itself.
+        once = GradientAccumulationPlugin(num_steps=1)
+        accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=once)
     except ValueError as error:
         _forget(ours)
-        raise TrainingConfigError(f"mixed_precision={mixed_precision!r} is not possible here: {error}") from error
+        raise TrainingConfigError(
+            f"accelerate cannot be set up with mixed_precision {mixed_precision!r} and the settings of its launcher or "
+            f"environment: {error}"
+        ) from error
     try:
         if mixed_precision == "fp16" and accelerator.scaler is None:
             raise TrainingConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, Strict, model_validator
@@ -108,6 +108,12 @@ class PriorSettings(TrainingSettings):
     def _check_prompt(self) -> PriorSettings:
         if self.with_prior_preservation and not (self.class_prompt or "").strip():
             raise TrainingConfigError("with_prior_preservation needs a class_prompt, such as 'a toy'.")
+        for name in ("class_prompt", "class_data_dir"):
+            if getattr(self, name) is not None and not self.with_prior_preservation:
+                raise TrainingConfigError(
+                    f"{name} is given, but the class is not preserved: turn with_prior_preservation on, "
+                    "or leave it out."
+                )
         return self
 
 
@@ -122,9 +128,9 @@ class OutputSettings(TrainingSettings):
     """Where the adapter goes: a folder, or a file that ends in .safetensors. Everything else goes into the folder `run`
     in it, or beside the file: checkpoints, pictures, TensorBoard's files, report.html."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run's folder, if there is one."""
+    """Continue from the newest checkpoint in the run's folder."""
     overwrite: bool = False
-    """Start anew where an earlier run has left checkpoints, and replace them."""
+    """Start anew where an earlier run has left checkpoints, or other files are in the way, and replace them."""
     also: Literal["lokr"] | None = None
     """Write another copy of the adapter: "lokr" for ComfyUI and kohya's scripts."""
     validation_prompt: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
@@ -137,8 +143,12 @@ class OutputSettings(TrainingSettings):
     """Guidance scale of the validation pictures: how closely they follow the prompt."""
     report_to: ReportTo = "tensorboard"
     """Where the progress is written: "tensorboard" for files in the run's folder, "wandb" for Weights & Biases, too."""
-    push_to_hub: str | None = None
-    """Repository of yours on the hub that the adapter is pushed to at the end."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps after which the adapter is saved each time, as a file in the run's folder `steps`."""
+    push_to_hub: bool = False
+    """Push the adapter to the Hugging Face hub at the end."""
+    hub_model_id: str | None = None
+    """Repository of yours on the hub, such as "me/my-dog"; by default it is called as the output."""
 
     @property
     def run_folder(self) -> Path:
@@ -221,14 +231,24 @@ SHORT_NAMES = {short: name for name, field in NAMES.items() if (short := short_n
 """Other names of some settings, in a file and as flags."""
 
 
+HERE = "{here}"
+"""At the start of a path in a settings file: the folder that the file is in."""
+
+_BASE = "pretrained_model_name_or_path"
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that a YAML or TOML file gives, in one flat list; names with dashes are those with underscores.
+
+    A path that starts with `{here}` starts in the folder of the file.
 
     Raises:
         TrainingConfigError: there is no such file, it is no such list, or it has a setting twice.
     """
     found: dict[str, Any] = {}
     for name, value in read_mapping(path, TrainingConfigError).items():
+        if isinstance(value, str) and value.startswith(HERE):
+            value = str((path.parent / value.removeprefix(HERE).lstrip("/")).absolute().resolve())
         plain = str(name).replace("-", "_")
         long = SHORT_NAMES.get(plain, plain)
         if long in found:
@@ -238,7 +258,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def settings_text(settings: Settings) -> str:
-    """All settings as YAML, but for those that say what to do with an earlier run's checkpoints."""
+    """All settings as YAML for the run's folder, but for those that say what to do with an earlier run's checkpoints.
+
+    The output is where the file is, so that the folder can be renamed; other folders are given in full.
+    """
     values = {name: value for name, value in settings.flat().items() if name not in ("resume", "overwrite")}
+    for name, field in NAMES.items():
+        if values.get(name) is not None and (name == _BASE or _is_path(field.annotation)):
+            path = Path(values[name]).expanduser()
+            values[name] = str(path.absolute()) if path.exists() or name != _BASE else values[name]
+    output = settings.output.output_dir
+    values["output_dir"] = f"{HERE}/../../{output.name}" if output.suffix == ".safetensors" else f"{HERE}/.."
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
+
+
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or any(_is_path(part) for part in get_args(annotation))
