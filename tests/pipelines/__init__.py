@@ -5,6 +5,7 @@ a seed, so two calls give equal pipelines. Every attention projection is 64 or 1
 default factors (a1, a2) = (4, 64) fit all of them, in the UNet or transformer and in the text encoders.
 """
 
+from tests.pipelines.chroma import tiny_chroma_pipeline
 from tests.pipelines.flux import packed, tiny_flux_pipeline
 from tests.pipelines.flux2 import tiny_flux2_pipeline, tiny_klein_pipeline, tokens
 from tests.pipelines.krea2 import tiny_krea2_pipeline
@@ -17,6 +18,7 @@ from tests.pipelines.wan import as_video, decoded_video, tiny_wan_pipeline
 from tests.pipelines.zimage import tiny_zimage_pipeline
 
 FAMILIES = {
+    "chroma": Tiny(tiny_chroma_pipeline, packed, packed),
     "flux": Tiny(tiny_flux_pipeline, packed, packed),
     "flux2": Tiny(tiny_flux2_pipeline, stepped=tokens),
     "klein": Tiny(tiny_klein_pipeline, stepped=tokens),
@@ -36,6 +38,7 @@ __all__ = [
     "FAMILIES",
     "IMAGE_SIZE",
     "TEXT_WIDTH",
+    "tiny_chroma_pipeline",
     "tiny_flux2_pipeline",
     "tiny_flux_pipeline",
     "tiny_klein_pipeline",

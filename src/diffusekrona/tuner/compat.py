@@ -138,6 +138,26 @@ def recompute_blocks(model: Any, function: Callable[..., Any]) -> None:
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
 
 
+@contextmanager
+def recomputing(model: Any, inputs: Callable[..., tuple[Any, ...]]) -> Iterator[None]:
+    """Where gradient checkpointing is on in a model of Diffusers, let it give its blocks other inputs meanwhile.
+
+    Args:
+        model: the model, compiled or not.
+        inputs: of (block, *inputs), what the block is to be given.
+    """
+    model = getattr(model, COMPILED, model)
+    if not model.gradient_checkpointing:
+        yield
+        return
+    call = model._gradient_checkpointing_func
+    model._gradient_checkpointing_func = lambda block, *given: call(block, *inputs(block, *given))
+    try:
+        yield
+    finally:
+        model._gradient_checkpointing_func = call
+
+
 def forget_accelerator_state() -> None:
     """Let a process make another `Accelerator`: accelerate keeps one state and refuses a second precision."""
     AcceleratorState._reset_state()

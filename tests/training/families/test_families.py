@@ -105,6 +105,17 @@ def test_a_prompts_rows_do_not_depend_on_the_others_of_its_batch(tiny):
 
 
 @EACH
+def test_blocks_that_are_recomputed_say_the_same(tiny):
+    """With gradient checkpointing, a short prompt beside a long one."""
+    family = family_of(tiny.build())
+    noisy, prompts, sizes = latents_of(family, 2), [PROMPT * 4, "a dog"], torch.zeros(2, 6)
+    text = Texts(family, prompts, text_encoders(family.pipe), trained=False, device=CPU)(prompts)
+    expected = family.predict(noisy, TIMES, text, sizes)
+    family.denoiser.enable_gradient_checkpointing()
+    close(family.predict(noisy, TIMES, text, sizes), expected)
+
+
+@EACH
 def test_latents_are_those_that_the_pipeline_decodes(tiny):
     """Encoded and scaled as the denoiser has them, then given to the pipeline as what its last step left."""
     pipe = tiny.build()

@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 from ...errors import UnsupportedPipelineError
+from .chroma import Chroma
 from .family import Family
 from .flux import Flux
 from .flux2 import Flux2
@@ -29,6 +30,7 @@ _FAMILIES: list[type[Family]] = [
     StableDiffusion3,
     Flux,
     Flux2,
+    Chroma,
     ZImage,
     QwenImage,
     Krea2,
