@@ -1,10 +1,13 @@
+from functools import wraps
+
 import numpy as np
 import pytest
-from diffusers import EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, FluxPipeline, HeunDiscreteScheduler
 
 from diffusekrona.errors import KronAError
-from diffusekrona.generation import generate_images
-from tests.pipelines import IMAGE_SIZE, tiny_sd_pipeline, tiny_sdxl_pipeline
+from diffusekrona.generation import generate_images, generated
+from tests.pipelines import IMAGE_SIZE, tiny_flux_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 PROMPTS = ["a toy", "a dog", "a cup"]
 SEEDS = [3, 4, 5]
@@ -79,3 +82,57 @@ def test_impossible_options_are_refused(options, message):
 def test_zero_steps_are_refused():
     with pytest.raises(KronAError, match="steps must be at least 1"):
         generate_images(tiny_sd_pipeline(), ["a toy"], steps=0)
+
+
+def test_each_image_is_there_before_the_next_is_drawn():
+    drawn = []
+    pipe = tiny_sd_pipeline()
+    images = generated(pipe, PROMPTS, steps=2, on_step=lambda done, total: drawn.append(done))
+    next(images)
+    assert drawn == [1, 2]
+    assert len(list(images)) == 2
+
+
+def test_a_mistake_is_told_before_anything_is_drawn():
+    with pytest.raises(KronAError, match="steps must be at least 1"):
+        generated(tiny_sd_pipeline(), PROMPTS, steps=0)
+
+
+def half_overflowing(pipe):
+    """An autoencoder whose first layer gives infinities in float16, as SDXL's does."""
+    pipe.to(torch.float16)
+    plain = pipe.vae.post_quant_conv.forward
+    pipe.vae.post_quant_conv.forward = lambda x: plain(x) * (float("inf") if x.dtype == torch.float16 else 1)
+    return pipe
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_runs_again_in_float32():
+    expected = generate(tiny_sd_pipeline().to(torch.float16), ["a toy"])[0]
+    pipe = half_overflowing(tiny_sd_pipeline())
+    with pytest.warns(UserWarning, match="not finite in float16.*run again in float32"):
+        found = generate(pipe, ["a toy"])[0]
+    assert np.abs(found - expected).max() <= 4
+    assert pipe.vae.dtype == torch.float16
+    assert "decode" not in vars(pipe.vae)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+def test_a_picture_that_stays_without_numbers_is_told():
+    pipe = tiny_sd_pipeline()
+    pipe.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="black in parts. Load the base in bfloat16 or float32"):
+        generate(pipe, ["a toy"])
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_guidance_is_the_pipelines_own_where_none_is_asked_for(guidance, monkeypatch):
+    pipe = tiny_flux_pipeline()
+    told = {}
+    call = type(pipe).__call__
+    monkeypatch.setattr(
+        FluxPipeline, "__call__", wraps(call)(lambda self, **how: told.update(how) or call(self, **how))
+    )
+    generate_images(pipe, ["a toy"], steps=1, height=32, width=32, guidance_scale=guidance)
+    assert told.get("guidance_scale") is None
+    assert told.get("true_cfg_scale") == guidance
+    assert told.get("negative_prompt") == (None if guidance is None else [" "])

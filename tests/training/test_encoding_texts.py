@@ -1,11 +1,13 @@
 import pytest
 import torch
+from accelerate import Accelerator
 
-from diffusekrona.training.batches import text_encoders
+from diffusekrona.training import TrainingConfig, prepare_images
+from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.encoding import Texts
 from diffusekrona.training.families import family_of
-from tests.pipelines import tiny_sd_pipeline
-from tests.training.runs import FAMILIES
+from tests.pipelines import tiny_flux_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.training.runs import FAMILIES, PLAN, examples, pictures
 
 PROMPTS = ["a sks toy", "a dog on sand", "a sks toy"]
 CPU = torch.device("cpu")
@@ -87,3 +89,29 @@ def test_trained_encoders_are_run_each_time_whatever_was_to_be_kept(tmp_path):
     assert before.requires_grad
     assert not torch.equal(source(PROMPTS)["hidden"], before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("build", [tiny_sd_pipeline, tiny_sdxl_pipeline])
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_stands_after_the_77th_token_is_heard_and_all_prompts_are_as_long(build, trained):
+    pipe = build()
+    prompts = ["a sks toy " + "x" * 80 + " at night", "a sks toy " + "x" * 80 + " by day", "a dog"]
+    said = texts(pipe, prompts, trained=trained)(prompts)["hidden"]
+    assert said.shape[:2] == (3, 154)
+    assert not torch.allclose(said[0], said[1])
+
+
+def test_encodings_of_other_lengths_are_other_files(tmp_path):
+    pipe = tiny_sd_pipeline()
+    for prompts in (["a dog"], ["a dog", "x" * 80]):
+        texts(pipe, prompts, keep="disk", folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_no_encoder_reads_of_a_prompt_is_told_with_its_file(caplog):
+    pipe = tiny_flux_pipeline()
+    long = prepare_images(pictures(1), "a sks toy " + "x" * 600 + "at night", PLAN)
+    Batches("subject", pipe, family_of(pipe), [*long, *examples(1)], TrainingConfig(), Accelerator(cpu=True))
+    (told,) = [record.getMessage() for record in caplog.records if "cut off is" in record.getMessage()]
+    assert told.startswith("The prompt of image 1 is longer than FLUX.1 reads; cut off is: xx")
+    assert told.endswith("at night")

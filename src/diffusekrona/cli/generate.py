@@ -46,9 +46,16 @@ def generate(
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of each prompt's first image.")] = 0,
     guidance_scale: Annotated[
-        float, typer.Option(help="Guidance scale: how closely to follow the prompt; 7 to 10 suits most.")
-    ] = 7.5,
-    steps: Annotated[int, typer.Option(help="Number of denoising steps; 30 to 70 suit most.")] = 50,
+        float | None,
+        typer.Option(
+            show_default="7.5 for Stable Diffusion 1.x, 2.x and SDXL, the pipeline's own for others",
+            help="Guidance scale: how closely to follow the prompt.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(show_default="50 for these, the pipeline's own for others", help="Number of denoising steps."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of images that are drawn in one pass.")] = 1,
     height: Annotated[
         int | None, typer.Option(show_default="the base's", help="Height of the images in pixels.")
@@ -63,7 +70,9 @@ def generate(
     """Generate images from prompts, with or without an adapter."""
     from ..base import load_base
     from ..captions import write_metadata
-    from ..generation import generate_images
+    from ..generation import generated
+    from ..images import image_png
+    from ..storage import write_whole
 
     asked = _prompts(prompt or [], prompts_file)
     repeated = [text for text in asked for _ in range(images_per_prompt)]
@@ -75,7 +84,7 @@ def generate(
         _use_adapter(pipe, adapter, weight, merge)
     output.mkdir(parents=True, exist_ok=True)
     with progress("Generating", MofNCompleteColumn(), total=None) as show:
-        pictures = generate_images(
+        pictures = generated(
             pipe,
             repeated,
             seeds,
@@ -87,13 +96,12 @@ def generate(
             negative_prompt=negative_prompt,
             on_step=lambda done, total: show(completed=done, total=total),
         )
-    entries: dict[str, dict[str, Any]] = {}
-    for index, (picture, text, used) in enumerate(zip(pictures, repeated, seeds, strict=True)):
-        path = output / f"{index:03d}-{_slug(text)}-seed{used}.png"
-        picture.save(path)
-        entries[path.name] = {"text": text, "seed": used}
-        print_line(str(path))
-    write_metadata(output, entries)
+        # Each is kept when it is done, so that stopping loses none.
+        for index, (picture, text, used) in enumerate(zip(pictures, repeated, seeds, strict=True)):
+            path = output / f"{index:03d}-{_slug(text)}-seed{used}.png"
+            write_whole({path: image_png(picture)})
+            write_metadata(output, {path.name: {"text": text, "seed": used}})
+            print_line(str(path))
 
 
 def chosen_device(name: str | None) -> torch.device:

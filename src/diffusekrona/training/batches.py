@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from .randomness import Order, Sample, generator_for
 from .timesteps import draw_place
 from .wordings import all_wordings, drawn_wording
 
+_log = logging.getLogger(__name__)
+
 
 class _Drawn(NamedTuple):
     """A sample of a batch: latents and noise (channels, height, width), its noise level, and what is said of it."""
@@ -33,6 +36,13 @@ class _Drawn(NamedTuple):
     level: int | float
     wording: str
     mask: Tensor | None
+
+
+def _tell_unread(family: Family, images: Sequence[TrainingImage]) -> None:
+    """Log a warning for each prompt that is longer than what the text encoders read."""
+    for prompt, source in {image.prompt: image.source for image in images}.items():
+        if unread := family.unread(prompt):
+            _log.warning("The prompt of %s is longer than %s reads; cut off is: %s", source, family.NAME, unread)
 
 
 def _shrunk(mask: Image.Image, mirrored: bool, latents: Tensor) -> Tensor:
@@ -80,6 +90,7 @@ class Batches:
             keep=config.cache,
             folder=folder,
         )
+        _tell_unread(family, images)
         self._texts = Texts(
             family,
             all_wordings([image.prompt for image in images], config),

@@ -183,10 +183,12 @@ class Texts:
         self._family, self._device, self._trained = family, device, trained
         model = fingerprint(encoders) if keep == "disk" and not trained else ""
         keep = "none" if trained else keep
-        self._encoded = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{_mark_of_text(text)}")
+        texts = list(dict.fromkeys(prompts))
+        way = family.prepare(texts)
+        self._encoded = Encoded(self._encode_one, keep, folder, lambda text: f"text-{model}-{way}{_mark_of_text(text)}")
         for encoder in encoders:
             encoder.to(device)
-        self._encoded.prepare(dict.fromkeys(prompts))
+        self._encoded.prepare(texts)
         if keep != "none":
             for encoder in encoders:
                 encoder.to("cpu")

@@ -55,11 +55,18 @@ class Validation:
         folder: of the pictures and of the sheet, `sheet.png`; without it, nothing is kept.
         seed: of all pictures.
         steps: denoising steps.
-        guidance_scale: how closely to follow the prompt.
+        guidance_scale: how closely to follow the prompt; None as `generate_images` has it.
     """
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], folder: Path | None, *, seed: int, steps: int, guidance_scale: float
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        folder: Path | None,
+        *,
+        seed: int,
+        steps: int,
+        guidance_scale: float | None,
     ) -> None:
         self._pipe, self._prompts, self._folder, self._seed = pipe, list(prompts), folder, seed
         self._options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}

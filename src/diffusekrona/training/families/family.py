@@ -38,6 +38,8 @@ class Family(ABC):
     VIDEO: ClassVar[bool] = False
     """Whether the autoencoder is one of videos, to which an image is a single frame."""
 
+    TOKENS: ClassVar[tuple[str, int] | None] = None
+    """The tokenizer of the encoder that reads the most of a prompt, and its number of tokens; None for any number."""
     guidance: float = 1.0
     """Guidance that a guidance-distilled denoiser is told in training."""
 
@@ -97,6 +99,17 @@ class Family(ABC):
         A level σ becomes shift · σ / (1 + (shift − 1) · σ) (Esser et al., 2024, equation 23).
         """
         return scheduled_shift(self.pipe.scheduler.config, tokens)
+
+    def prepare(self, prompts: list[str]) -> str:
+        """Be told all prompts that will be encoded; a text that tells encodings made for others apart from these."""
+        return ""
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is beyond what the text encoders read; mostly nothing."""
+        if self.TOKENS is None or (tokenizer := getattr(self.pipe, self.TOKENS[0], None)) is None:
+            return ""
+        tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        return str(tokenizer.decode(tokens[self.TOKENS[1] :], skip_special_tokens=True)).strip()
 
     @abstractmethod
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ class Flux(Family):
     NAME = "FLUX.1"
     DENOISER = "FluxTransformer2DModel"
     PATCH = 2
+    TOKENS = ("tokenizer_2", T5_TOKENS)
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """T5's hidden states (prompts, 512, width) and CLIP's pooled embeddings (prompts, projection)."""

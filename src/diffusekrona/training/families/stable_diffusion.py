@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedPipelineError
+from ...prompts import chunks_needed, encode_in_chunks
 from .family import Family
 
 
@@ -31,9 +32,18 @@ class StableDiffusion(Family):
                 "which is neither Stable Diffusion's nor SDXL's."
             )
         self._is_sdxl = told == "text_time"
+        self._chunks = 1
+
+    def prepare(self, prompts: list[str]) -> str:
+        """Encode all in as many chunks of 77 tokens as the longest takes."""
+        self._chunks = chunks_needed(self.pipe, prompts)
+        return f"{self._chunks}-" if self._chunks > 1 else ""
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """Hidden states (prompts, tokens, width) and, for SDXL, pooled embeddings (prompts, projection)."""
+        if self._chunks > 1:
+            said = encode_in_chunks(self.pipe, prompts, self._chunks, device)
+            return {"hidden": said.hidden} if said.pooled is None else said._asdict()
         outputs = self.pipe.encode_prompt(
             prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -41,9 +51,9 @@ class StableDiffusion(Family):
         return {"hidden": outputs[0], **pooled}
 
     def example(self, count: int) -> dict[str, Tensor]:
-        """Of CLIP's 77 tokens."""
+        """Of CLIP's 77 tokens, or of as many chunks of them as were asked for."""
         config = self.denoiser.config
-        text = {"hidden": torch.empty(count, 77, config.cross_attention_dim, dtype=self.dtype)}
+        text = {"hidden": torch.empty(count, 77 * self._chunks, config.cross_attention_dim, dtype=self.dtype)}
         if self._is_sdxl:
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             text["pooled"] = torch.empty(count, width, dtype=self.dtype)

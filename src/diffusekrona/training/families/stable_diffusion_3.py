@@ -13,6 +13,7 @@ class StableDiffusion3(Family):
 
     NAME = "Stable Diffusion 3 and 3.5"
     DENOISER = "SD3Transformer2DModel"
+    TOKENS = ("tokenizer_3", 256)  # T5 reads more than CLIP's 77
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """Hidden states (prompts, tokens, width) and pooled embeddings (prompts, projection)."""
