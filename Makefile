@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-newest fuzz lint docs bench base clean
+.PHONY: demo test test-oldest test-newest fuzz programs lint docs bench base clean
 
 demo: .venv/ready
 	$(BIN)/python -m research.demo
@@ -33,6 +33,12 @@ fuzz: .venv/ready
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt atheris
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
+# Both checks run, whatever the first finds.
+programs: .venv-programs/ready
+	@failed=0; for check in invokeai stable_diffusion_cpp; do \
+		OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-programs/bin/python -m tests.programs.$$check || failed=1; \
+	done; exit $$failed
+
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Wrote site/index.html"
@@ -57,11 +63,19 @@ base: .venv/ready
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,lycoris,quantized,train]'
 	@touch $@
 
+.venv-programs/ready: pyproject.toml constraints.txt tests/programs/requirements.txt
+	@echo "Making .venv-programs: torch, InvokeAI and stable-diffusion.cpp; a minute or more"
+	@$(PYTHON) -m venv .venv-programs
+	@.venv-programs/bin/python -m pip install -qq --constraint constraints.txt torch --editable . && \
+		.venv-programs/bin/python -m pip install -qq --no-deps --requirement tests/programs/requirements.txt || \
+		{ echo "make programs needs PyPI and Python 3.11 or 3.12: something of it could not be installed."; exit 1; }
+	@touch $@
+
 .venv/docs: .venv/ready
 	@echo "Making .venv: the documentation's site"
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output site
+	rm -rf .venv .venv-oldest .venv-newest .venv-programs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-output site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -436,6 +436,7 @@ class TestWarnings:
         refused = [n for n in linear(module) if "_context" in n or not re.match(r"(single_)?transformer_blocks", n)]
         assert f"{len(refused)} of {len(names)} layers" in text
         assert "FLUX.1" in text
+        assert "LoRA, of which it refuses norm_out" in text
         assert not warnings_for(
             "invokeai", "transformer", module, list(named("invokeai", module, attention(module)).values())
         )

@@ -176,7 +176,8 @@ _LIMITS = (
         "invokeai",
         ("flux",),
         r"_ff_context_|_norm1_context_|^lora_transformer_(?!(single_)?transformer_blocks_)",
-        "InvokeAI refuses a file of FLUX.1 with such layers; leave them out, or write the adapter as a LoRA",
+        "InvokeAI refuses a file of FLUX.1 with such layers; leave them out, or write the adapter as a LoRA, of which "
+        "it refuses norm_out and guidance_embedder only",
     ),
     _Limit(
         "invokeai",
