@@ -139,8 +139,9 @@ class OutputSettings(TrainingSettings):
     """Number of optimizer steps between two pictures of a validation prompt."""
     validation_inference_steps: int = Field(default=30, ge=1)
     """Denoising steps of the validation pictures."""
-    validation_guidance_scale: float = 7.5
-    """Guidance scale of the validation pictures: how closely they follow the prompt."""
+    validation_guidance_scale: float | None = None
+    """Guidance scale of the validation pictures: how closely they follow the prompt; by default 7.5 for Stable
+    Diffusion 1.x, 2.x and SDXL, and the pipeline's own for others."""
     report_to: ReportTo = "tensorboard"
     """Where the progress is written: "tensorboard" for files in the run's folder, "wandb" for Weights & Biases, too."""
     save_every: int | None = Field(default=None, ge=1)
