@@ -25,7 +25,7 @@ def _build_wan(options: dict[str, Any]) -> WanPipeline:
         freq_dim=32,
         ffn_dim=64,
         num_layers=1,
-        rope_max_seq_len=64,
+        rope_max_seq_len=128,
     )
     text = UMT5Config(
         vocab_size=len(t5_vocabulary()), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=1, num_heads=4

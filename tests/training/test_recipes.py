@@ -1,25 +1,32 @@
 """The settings of `examples/settings` against the paper: what they train, and that a run of them can be planned."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from diffusekrona.architectures import build
 from diffusekrona.training.plan import plan
 from diffusekrona.training.settings import Settings, read_settings
+from tests.pipelines import FAMILIES
 
 RECIPES = Path(__file__).parents[2] / "examples" / "settings"
 PARTS = {
     "sd15": {"unet": "sd15", "text_encoder": "sd15-text-encoder"},
     "sdxl": {"unet": "sdxl", "text_encoder": "sd15-text-encoder", "text_encoder_2": "sdxl-text-encoder-2"},
 }
+PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 PAPERS = {
     "sd15.yaml": ("sd15", 520_928),  # Table 2: 0.52 M
     "sd15-small.yaml": ("sd15", 328_048),  # Table 4: 0.32 M
     "sdxl.yaml": ("sdxl", 3_874_560),  # Table 2: 3.8 M
 }
+OF_FAMILIES = [path.name for path in sorted(RECIPES.iterdir()) if path.stem in FAMILIES and path.name not in PAPERS]
+"""Recipes of families of which the paper says nothing."""
 
 
 @pytest.mark.parametrize("recipe", PAPERS)
@@ -39,20 +46,34 @@ def test_a_recipe_trains_as_many_parameters_as_the_paper_says_with_its_settings(
     assert planned.parameters == expected
 
 
+@pytest.mark.parametrize("recipe", OF_FAMILIES)
+def test_a_recipe_of_another_family_can_be_planned_with_the_papers_factors_and_rate(recipe, tmp_path):
+    given = read_settings(RECIPES / recipe)
+    FAMILIES[recipe.removesuffix(".yaml")].build().save_pretrained(tmp_path / "base")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "one.png")
+    places = {"instance_data_dir": tmp_path / "images", "output_dir": tmp_path / "out"}
+    found = Settings.of({**given, **places, "pretrained_model_name_or_path": str(tmp_path / "base")})
+    assert (found.adapter.a1, found.adapter.a2, found.training.learning_rate) == (4, 64, 5e-4)
+    assert found.training.mixed_precision == "bf16"
+    assert plan(found).parameters > 0
+
+
 def configs_only(kind, folder):
     """A base's folder without weights."""
     base = folder / "base"
     base.mkdir()
     models = {part: build(name) for part, name in PARTS[kind].items()}
     index = {part: ["library", type(model).__name__] for part, model in models.items()}
-    (base / "model_index.json").write_text(json.dumps(index))
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    names = inspect.signature(PIPELINES[kind].__init__).parameters.keys() - {"self"}
+    index |= {name: [None, None] for name in names if name.startswith(("tokenizer", "safety", "feature"))}
+    (base / "model_index.json").write_text(json.dumps({"_class_name": PIPELINES[kind].__name__, **index}))
     for part, model in models.items():
         save = model.save_config if part == "unet" else model.config.save_pretrained
         save(base / part)
-    (base / "vae").mkdir()
-    (base / "vae" / "config.json").write_text(
-        json.dumps({"block_out_channels": [32, 64, 64, 64], "latent_channels": 4})
-    )
+    AutoencoderKL(block_out_channels=(32,) * 4, **LEVELS).save_config(base / "vae")
+    DDIMScheduler().save_config(base / "scheduler")
     return base
 
 
@@ -60,4 +81,4 @@ def test_every_recipe_is_tested_here_or_is_of_the_repositorys_own_base():
     own = {
         path.name for path in RECIPES.iterdir() if read_settings(path)["pretrained_model_name_or_path"][:6] == "models"
     }
-    assert {path.name for path in RECIPES.iterdir()} == PAPERS.keys() | own
+    assert {path.name for path in RECIPES.iterdir()} == PAPERS.keys() | own | set(OF_FAMILIES)
