@@ -9,12 +9,15 @@ from transformers import CLIPTextModel
 from tests.pipelines.parts import TEXT_WIDTH, clip_config, clip_tokenizer, seeded, t5, t5_tokenizer, vae
 
 
-def tiny_flux_pipeline(seed: int = 0, **scheduler: Any) -> FluxPipeline:
-    """A `FluxPipeline` with both text encoders, without guidance; `scheduler` overrides its scheduler's entries."""
-    return seeded(seed, lambda: _build_flux(scheduler))
+def tiny_flux_pipeline(seed: int = 0, guided: bool = False, **scheduler: Any) -> FluxPipeline:
+    """A `FluxPipeline` with both text encoders; `scheduler` overrides its scheduler's entries.
+
+    Its transformer is told of guidance, as dev's, or not, as schnell's.
+    """
+    return seeded(seed, lambda: _build_flux(guided, scheduler))
 
 
-def _build_flux(scheduler: dict[str, Any]) -> FluxPipeline:
+def _build_flux(guided: bool, scheduler: dict[str, Any]) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
         in_channels=4 * 4,  # latents in patches of 2 x 2
         num_layers=1,
@@ -24,6 +27,7 @@ def _build_flux(scheduler: dict[str, Any]) -> FluxPipeline:
         joint_attention_dim=2 * TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
         axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guided,
     )
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),

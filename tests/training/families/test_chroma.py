@@ -69,6 +69,12 @@ def test_blocks_are_recomputed_with_the_mask_as_they_were_computed():
     torch.testing.assert_close(*found)
 
 
+def test_what_the_text_encoder_does_not_read_of_a_prompt_is_known():
+    family = family_of(tiny_chroma_pipeline())
+    assert family.unread("a toy") == ""
+    assert set(family.unread("a " * 400)) == {"a", " "}
+
+
 def test_the_shift_is_the_pipelines():
     assert family_of(tiny_chroma_pipeline()).shift(64) == 3
     dynamic = tiny_chroma_pipeline(use_dynamic_shifting=True)

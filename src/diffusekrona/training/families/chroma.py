@@ -23,6 +23,7 @@ class Chroma(Family):
     NAME = "Chroma"
     DENOISER = "ChromaTransformer2DModel"
     PATCH = 2
+    TOKENS = ("tokenizer", T5_TOKENS)
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """T5's hidden states (prompts, 512, width), and 1 for each token of a prompt and one of its padding."""

@@ -38,7 +38,7 @@ class ZImage(Family):
     @property
     def reduction(self) -> int:
         """Of the autoencoder and of patches."""
-        return int(self.pipe.vae_scale_factor) * PATCH
+        return self.factor * PATCH
 
     @property
     def resolution(self) -> int:
