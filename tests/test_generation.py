@@ -7,7 +7,14 @@ from diffusers import EulerAncestralDiscreteScheduler, FluxPipeline, HeunDiscret
 
 from diffusekrona.errors import KronAError
 from diffusekrona.generation import generate_images, generated
-from tests.pipelines import IMAGE_SIZE, tiny_flux_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.pipelines import (
+    IMAGE_SIZE,
+    tiny_flux_pipeline,
+    tiny_sana_pipeline,
+    tiny_sd_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_wan_pipeline,
+)
 
 PROMPTS = ["a toy", "a dog", "a cup"]
 SEEDS = [3, 4, 5]
@@ -136,3 +143,19 @@ def test_guidance_is_the_pipelines_own_where_none_is_asked_for(guidance, monkeyp
     assert told.get("guidance_scale") is None
     assert told.get("true_cfg_scale") == guidance
     assert told.get("negative_prompt") == (None if guidance is None else [" "])
+
+
+def test_a_pipeline_of_videos_draws_one_frame():
+    image = generate(tiny_wan_pipeline(), ["a toy"], height=48, width=32)[0]
+    assert image.shape == (48, 32, 3)
+
+
+def test_a_pipeline_draws_its_own_size_where_none_is_asked_for(monkeypatch):
+    pipe = tiny_sana_pipeline()
+
+    def stop(prompt, height, width, *others):
+        raise KronAError(f"{height} x {width}")
+
+    monkeypatch.setattr(pipe, "check_inputs", stop)
+    with pytest.raises(KronAError, match="1024 x 1024"):
+        generate(pipe, ["a toy"])

@@ -65,7 +65,7 @@ def generated(
     warning.
 
     Args:
-        pipe: a text-to-image pipeline, with or without adapters.
+        pipe: a text-to-image pipeline, with or without adapters, or one of videos, of which one frame is drawn.
         prompts: one per image.
         seed: of every image, or one per image.
         guidance_scale: how closely to follow the prompt; 1 or less turns guidance off. None is 7.5 for Stable
@@ -96,7 +96,11 @@ def generated(
     taken = inspect.signature(pipe.__call__).parameters
     if negative_prompt is not None and "negative_prompt" not in taken:
         raise KronAError(f"{type(pipe).__name__} takes no negative prompt; leave it out.")
-    options: dict[str, Any] = {"height": height, "width": width, **_guidance(pipe, guidance_scale, negative_prompt)}
+    options = _guidance(pipe, guidance_scale, negative_prompt)
+    if height is not None:
+        options |= {"height": height, "width": width}
+    if "num_frames" in taken:
+        options |= {"num_frames": 1, "output_type": "pil"}
     if steps is not None:
         options["num_inference_steps"] = steps
     return _batches(pipe, prompts, seeds, batch_size, options, on_step)
@@ -117,14 +121,14 @@ def _batches(
         chosen = slice(start, start + batch_size)
         told = _reporter(on_step, batch * steps, len(starts) * steps, steps)
         with _finite_pictures(pipe):
-            images = pipe(
+            made = pipe(
                 **_text(pipe, prompts[chosen], options),
                 generator=[torch.Generator().manual_seed(s) for s in seeds[chosen]],
                 **({"callback_on_step_end": told} if can_say and told is not None else {}),
-            ).images
+            )
         if on_step is not None and not (can_say and "num_inference_steps" in options):
             on_step((batch + 1) * steps, len(starts) * steps)
-        yield from images
+        yield from made.images if hasattr(made, "images") else (video[0] for video in made.frames)
 
 
 def _guidance(pipe: Any, scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
