@@ -198,6 +198,7 @@ def anima() -> nn.Module:
 
 CLIP_LAYERS = r".*layers\..*"
 MLP = r"|.*\.(ff|ffn|img_mlp|txt_mlp)\..*"
+OUTPUTS = r".*(to_out\.0|to_add_out)"
 IN_BLOCKS_OF_FLUX = r"(single_)?transformer_blocks\.(?!.*(_context|norm)).*"
 
 
@@ -265,7 +266,7 @@ def cases() -> list[Case]:
         shape = {**one, "num_single_layers": 1, "num_attention_heads": heads}
         theirs = {"transformer": Theirs(to_transformer, lambda s=shape: transformer("Flux2Transformer2DModel", **s))}
         ours = {"transformer": transformer("Flux2Transformer2DModel", **shape)}
-        case = Case(f"FLUX.2 {title}", "flux2", ours, {"transformer": joined}, theirs)
+        case = Case(f"FLUX.2 {title}", "flux2", ours, {"transformer": joined if heads < 48 else OUTPUTS}, theirs)
         found += both(case, {"transformer": ATTENTION + MLP}) if heads == 24 else [case]
     for title, base, kind, shape, left in (
         ("Qwen-Image", "qwen-image", "QwenImageTransformer2DModel", one, r"(?!transformer_blocks).*"),
@@ -342,6 +343,8 @@ def bases(file: Path) -> list[str]:
 
 
 def _classified(file: Path) -> Any:
+    # First, as it is in the program: otherwise the imports are in a circle, and count as no match.
+    from invokeai.backend.model_manager.load.model_loaders import lora  # noqa: F401, I001
     from invokeai.backend.model_manager.configs.factory import ModelConfigFactory
 
     return ModelConfigFactory.from_model_on_disk(file, {"hash": "not needed"}, allow_unknown=False)
