@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from ..errors import AdapterFileError, ConfigError, FactorShapeError
 from ..storage import TensorFile, read_safetensors
 from ..tuner.compat import ModulesToSaveWrapper
 from ..tuner.names import PREFIX, factor_name, is_denoiser, layer_of
-from ..tuner.targets import layer_shapes, target_layers
+from ..tuner.projections import in_use
+from ..tuner.targets import layer_shapes, leave_out_ip_adapters, target_layers
 from .formats import foreign
 from .formats import krona as krona_format
 from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
@@ -65,7 +67,7 @@ def updates_in(source: Path, components: Mapping[str, nn.Module], reading: Readi
     """
     files = opened(source)
     unused = Unused(str(source), reading.on_unused)
-    updates: dict[Place, Update] = {}
+    pieces: dict[Place, list[Piece]] = {}
     if not are_ours(files):
         updates = _foreign_updates(files, components, reading, unused)
         unused.report(len(updates))
@@ -77,11 +79,11 @@ def updates_in(source: Path, components: Mapping[str, nn.Module], reading: Readi
                 f"{source} holds whole modules ({', '.join(saved.config.modules_to_save)}) beside its updates, which "
                 "load_krona loads."
             )
-        updates.update(
-            {(part, name): krona_update(name, saved) for name in target_layers(components[part], saved.config)}
-        )
-    unused.report(len(updates))
-    return updates
+        for name in target_layers(components[part], saved.config):
+            place, piece = _as_called(name, krona_update(name, saved), components[part])
+            pieces.setdefault((part, place), []).append(piece)
+    unused.report(sum(map(len, pieces.values())))
+    return _updates(pieces, components)
 
 
 def opened(source: Path) -> dict[str, TensorFile]:
@@ -130,6 +132,10 @@ def _foreign_updates(
         for key, target in targets.items():
             for place, piece in _pieces(found[key], target, components):
                 pieces.setdefault(place, []).append(piece)
+    return _updates(pieces, components)
+
+
+def _updates(pieces: Mapping[Place, list[Piece]], components: Mapping[str, nn.Module]) -> dict[Place, Update]:
     updates: dict[Place, Update] = {}
     for (part, name), own in pieces.items():
         layer = components[part].get_submodule(name)
@@ -137,6 +143,15 @@ def _foreign_updates(
         update.check_layer(layer)
         updates[part, name] = update
     return updates
+
+
+def _as_called(name: str, update: Update, component: nn.Module) -> tuple[str, Piece]:
+    """Where a layer's update goes in the weights: into the fused projection, where the model calls that instead."""
+    found = in_use(component, name)
+    if found is None:
+        return name, Piece(update)
+    whole, first = found
+    return whole, Piece(update, (first, first + outputs(component.get_submodule(name))))
 
 
 def _pieces(update: Update, target: Target, components: Mapping[str, nn.Module]) -> Iterator[tuple[Place, Piece]]:
@@ -173,7 +188,21 @@ def _by_component(
         )
         if not found:
             unused.report(0)
+    for part, adapter in found.items():
+        with _about(adapter, components[part]):
+            leave_out_ip_adapters(adapter.config, components[part], {layer_of(key) for key in adapter.tensors})
     return found
+
+
+@contextmanager
+def _about(saved: SavedAdapter, component: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise AdapterFileError(
+            f"{saved.source} holds a config that does not work with this {type(component).__name__}, which is "
+            f"unchanged: {error}"
+        ) from error
 
 
 def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -> None:
@@ -212,13 +241,8 @@ def check_fit(component: nn.Module, saved: SavedAdapter, numbers: bool = True) -
 
 def _expected_factors(component: nn.Module, saved: SavedAdapter) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
-    try:
+    with _about(saved, component):
         layers = target_layers(component, saved.config)
-    except ConfigError as error:
-        raise AdapterFileError(
-            f"{saved.source} holds a config that does not work with this {type(component).__name__}, which is "
-            f"unchanged: {error}"
-        ) from error
     for name, layer in layers.items():
         try:
             shapes = layer_shapes(saved.config, name, layer)

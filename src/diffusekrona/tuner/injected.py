@@ -14,6 +14,7 @@ from .compat import ADAPTED, BaseTunerLayer, ModulesToSaveWrapper
 from .config import KronAConfig
 from .layer import KronALayer, layers_beneath
 from .names import unwrapped_name
+from .projections import leave_fused
 
 
 def krona_layers(model: nn.Module) -> dict[str, KronALayer]:
@@ -125,7 +126,10 @@ def remove_leftovers(model: nn.Module) -> None:
     for name, layer in krona_layers(model).items():
         if not layer.krona_A:
             layer.unmerge()
+            if layer.fused_rows is not None:
+                layer.fused_rows.remove()
             model.set_submodule(name, layer.base_layer)
+    leave_fused(model)
     if not configs:
         for attribute in ("peft_config", ADAPTED):
             vars(model).pop(attribute, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from .compat import (
 from .fields import Init
 from .merged import MergedWeight
 from .quantized import Original
+
+if TYPE_CHECKING:
+    from .projections import FusedRows
 
 
 class Factors(nn.ParameterDict):
@@ -61,6 +64,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         alpha: adapter name → the scale chosen in its config.
         scaling: adapter name → the scale in force, alpha times the adapter's weight.
         layout: adapter name → the order of its outputs, see `KronAConfig`.
+        fused_rows: where this layer's weight has a copy in a fused projection, which is called in its place.
 
     Raises:
         FactorShapeError: the base layer is not linear.
@@ -86,6 +90,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.layout: dict[str, Layout] = {}
         self.merged_adapters: list[str] = []
         self._weight = MergedWeight()
+        self.fused_rows: FusedRows | None = None
 
     def update_layer(
         self,
@@ -192,8 +197,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         Returns:
             (..., d), in the base layer's dtype.
         """
-        if self.disable_adapters:
-            self.unmerge()
+        self.unmerge_if_disabled()
         base, names = self.base_layer, self._names_to_add()
         if names and not args and not kwargs and self._is_plain(names) and can_fuse(base, x):
             return linear_with_kron(
@@ -203,6 +207,16 @@ class KronALayer(nn.Module, BaseTunerLayer):
         for name in names:
             result = result + self._delta(name, x).to(result.dtype)
         return result
+
+    def unmerge_if_disabled(self) -> None:
+        """Take merged adapters out of the weight if the adapters are switched off."""
+        if self.disable_adapters:
+            self.unmerge()
+
+    def update(self, x: Tensor) -> Tensor | None:
+        """Σ s · (A ⊗ B)x, (..., d), over the active adapters that are not merged; None without any."""
+        names = self._names_to_add()
+        return sum_of(self._delta(name, x) for name in names) if names else None
 
     def _names_to_add(self) -> list[str]:
         if self.disable_adapters:
@@ -340,22 +354,34 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
         with onloaded(self):
             self._weight.check(self.get_base_layer(), terms)
+        if self.fused_rows is not None:
+            self.fused_rows.check(terms)
 
     def check_unmergeable(self) -> None:
         """Raise `MergeError` if the weight was cast to another dtype while merged."""
         self._weight.check_undoable(self.get_base_layer())
+        if self.fused_rows is not None:
+            self.fused_rows.check_undoable()
 
     def set_merged(self, terms: dict[str, list[Term]]) -> None:
         """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds."""
         with onloaded(self):
             self._weight.set(self.get_base_layer(), terms)
+        if self.fused_rows is not None:
+            self.fused_rows.set(terms)
         self.merged_adapters = list(terms)
 
     def fold(self, terms: dict[str, list[Term]]) -> None:
         """`set_merged` for good, for a layer that will be unloaded: nothing is kept to unmerge."""
         with onloaded(self):
             self._weight.fold(self.get_base_layer(), terms)
+        if self.fused_rows is not None:
+            self.fused_rows.fold(terms)
         self.merged_adapters = list(terms)
+
+    def merged_copy(self) -> MergedWeight:
+        """What is merged here, for a copy of the weight as it is now."""
+        return self._weight.copy()
 
     @property
     def merged_terms(self) -> dict[str, list[Term]]:
@@ -391,6 +417,14 @@ def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
 def _is_trained(layer: nn.Linear) -> bool:
     return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+
+
+def krona_layer_in(module: nn.Module | None) -> KronALayer | None:
+    """The KronALayer that a module is, or has under other methods' layers; None without one."""
+    layer: Any = module
+    while layer is not None and not isinstance(layer, KronALayer):
+        layer = getattr(layer, "base_layer", None)
+    return layer
 
 
 def layers_beneath(layer: BaseTunerLayer) -> Iterator[BaseTunerLayer]:

@@ -31,6 +31,12 @@ class MergedWeight:
         self.terms: Terms = {}
         self.restoration: Restoration | Original | None = None
 
+    def copy(self) -> MergedWeight:
+        """The same, for another base layer with the same weight."""
+        other = MergedWeight()
+        other.terms, other.restoration = dict(self.terms), self.restoration
+        return other
+
     @torch.no_grad()
     def check(self, base: nn.Module, terms: Terms) -> None:
         """Raise `MergeError` if the base's weight cannot hold these terms; changes nothing."""

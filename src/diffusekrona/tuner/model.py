@@ -12,8 +12,9 @@ from ..errors import AdapterNameError, KronAError
 from .compat import BaseTuner, BaseTunerLayer, enter_in_peft
 from .config import KronAConfig, KronAPeftType
 from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
-from .layer import KronAConv2d, KronALayer, KronALinear
+from .layer import KronAConv2d, KronALayer, KronALinear, krona_layer_in
 from .names import FACTORS, PREFIX, factor_name, layer_of, unwrapped_name
+from .projections import bring_to_fused
 from .targets import layer_alpha, layer_factors, layer_terms, settle_targets
 from .weighted import Combination, weighted_sum
 
@@ -78,6 +79,7 @@ class KronAModel(BaseTuner):
         with undone_on_error([model], adapter_name):
             settle_targets(config, model, None if state_dict is None else {layer_of(key) for key in state_dict})
             yield
+            bring_to_fused(model)
 
     @staticmethod
     def check_mergeable(model: nn.Module, adapter_names: list[str] | None = None) -> None:
@@ -183,7 +185,7 @@ class KronAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = _existing_layer(target)
+        layer = krona_layer_in(target)  # also under other layers: two could not both merge into one weight
         if layer is None:
             layer = _layer_around(target)
             # A new module starts in training mode, where dropout acts.
@@ -217,14 +219,6 @@ def _factors_of(layer_name: str, tensors: Mapping[str, Tensor] | None) -> dict[s
 def _layer_around(target: nn.Module) -> KronALayer:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return KronAConv2d(target) if isinstance(base, nn.Conv2d) else KronALinear(target)
-
-
-def _existing_layer(target: nn.Module) -> KronALayer | None:
-    """The KronALayer of a target, itself or under other layers: two could not both merge into one weight."""
-    layer: Any = target
-    while layer is not None and not isinstance(layer, KronALayer):
-        layer = getattr(layer, "base_layer", None)
-    return layer
 
 
 enter_in_peft(KronAPeftType.KRONA, KronAConfig, KronAModel, PREFIX)

@@ -19,6 +19,7 @@ from .fields import ATTENTION, PRESETS
 from .layer import layer_size
 from .names import unwrapped_name
 from .patterns import check_matching, first_match
+from .projections import is_copy, unused_layers
 
 ATTENTION_LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0",  # UNets and transformers of Diffusers
@@ -39,7 +40,8 @@ def resolved(config: KronAConfig, model: nn.Module) -> KronAConfig:
 
     Beside the names that are common, these are all linear layers of what Diffusers gives an attention processor,
     and for feed-forward those of its `FeedForward` modules, of modules beside an attention that are named `ff`,
-    `feed_forward` or alike, and of FLUX's parallel blocks.
+    `feed_forward` or alike, and of FLUX's parallel blocks. Copies that fusing made of an attention's projections are
+    none of them, nor is what an IP-Adapter has brought: an adapter is for the model without it, too.
 
     Raises:
         ConfigError: cross-attention or feed-forward is asked for, and the model has none.
@@ -48,15 +50,29 @@ def resolved(config: KronAConfig, model: nn.Module) -> KronAConfig:
     if not isinstance(word, str) or word not in PRESETS:
         return config
     chosen = copy.copy(config)
+    chosen.target_modules = _meant(word, model)
+    leave_out_ip_adapters(chosen, model)
+    return chosen
+
+
+def leave_out_ip_adapters(config: KronAConfig, model: nn.Module, held: Collection[str] = ()) -> None:
+    """Let a config target nothing that an IP-Adapter's projection of images has, but layers that are held."""
+    brought = {name for name in _brought_by_ip_adapters(model) if name not in held}
+    targets = target_layers(model, config).keys() if brought else set()
+    if not brought.isdisjoint(targets):
+        target_only(config, model, targets - brought)
+
+
+def _meant(word: str, model: nn.Module) -> set[str]:
     if word == "cross-attention":
-        chosen.target_modules = set(_cross_attention_layers(model))
-        if not chosen.target_modules:
+        names = set(_cross_attention_layers(model))
+        if not names:
             raise ConfigError(
                 f"The {type(model).__name__} has no cross-attention that Diffusers marks as such, as transformers with "
                 'joint attention have none; choose "attention", or name layers in target_modules.'
             )
-        return chosen
-    chosen.target_modules = set(ATTENTION_LAYERS) | _not_ending_in(ATTENTION_LAYERS, _attention_layers(model))
+        return names
+    names = set(ATTENTION_LAYERS) | _not_ending_in(ATTENTION_LAYERS, _attention_layers(model))
     if word != ATTENTION:
         found = set(_feed_forward_layers(model)) | set(_ending_in(FEED_FORWARD_LAYERS, model))
         if not found:
@@ -64,14 +80,35 @@ def resolved(config: KronAConfig, model: nn.Module) -> KronAConfig:
                 f"The {type(model).__name__} has no feed-forward of linear layers that is known; "
                 'choose "attention", or name layers in target_modules.'
             )
-        chosen.target_modules |= set(FEED_FORWARD_LAYERS) | _not_ending_in(FEED_FORWARD_LAYERS, iter(found))
-    return chosen
+        names |= set(FEED_FORWARD_LAYERS) | _not_ending_in(FEED_FORWARD_LAYERS, iter(found))
+    return names
+
+
+def _brought_by_ip_adapters(model: nn.Module) -> Iterator[str]:
+    """Names of the linear layers with which an IP-Adapter projects its images; its processors' are none of attention's.
+
+    `encoder_hid_proj` holds them; that of Kandinsky or Kolors, which belongs to the model, has no attention.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "encoder_hid_proj":
+            yield from _linear_layers(name, module)
 
 
 def _attention_layers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if _is_attention(module):
-            yield from _linear_layers(name, module)
+            yield from _own_layers(name, module)
+
+
+def _own_layers(name: str, attention: nn.Module) -> Iterator[str]:
+    """The linear layers of an attention, without its fused copies and those of its processor."""
+    for child_name, child in attention.named_children():
+        if child_name == "processor" or is_copy(attention, child_name):
+            continue
+        if _is_linear(child):
+            yield _path(name, child_name)
+        else:
+            yield from _linear_layers(_path(name, child_name), child)
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -81,7 +118,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _cross_attention_layers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if getattr(module, "is_cross_attention", False):
-            yield from _linear_layers(name, module)
+            yield from _own_layers(name, module)
 
 
 def _feed_forward_layers(model: nn.Module) -> Iterator[str]:
@@ -100,10 +137,14 @@ def _linear_layers(prefix: str, module: nn.Module) -> Iterator[str]:
     """Names of the linear layers in a module; one with adapters counts as one."""
     for name, child in module.named_children():
         path = _path(prefix, name)
-        if isinstance(child.get_base_layer() if isinstance(child, BaseTunerLayer) else child, nn.Linear):
+        if _is_linear(child):
             yield path
         else:
             yield from _linear_layers(path, child)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Linear)
 
 
 def _path(prefix: str, name: str) -> str:
@@ -196,6 +237,7 @@ def settle_targets(config: KronAConfig, model: nn.Module, only: Collection[str] 
 
     Raises:
         FactorShapeError: some cannot take their factors; the text lists them.
+        ConfigError: some are not called by the model, as fused projections that were unfused again.
     """
     config.target_modules = resolved(config, model).target_modules
     config = include_all_linear_layers(config, model)
@@ -203,6 +245,13 @@ def settle_targets(config: KronAConfig, model: nn.Module, only: Collection[str] 
     if only is not None:
         only = {unwrapped_name(name) for name in only}
         targets = {name: layer for name, layer in targets.items() if unwrapped_name(name) in only}
+    unused = {name: why for name, why in unused_layers(model).items() if name in map(unwrapped_name, targets)}
+    if unused:
+        raise ConfigError(
+            f"{len(unused)} targeted layer(s) of the {type(model).__name__} are not called, so that an adapter would "
+            f"be without effect; nothing was changed.{listed(unused)}\n"
+            "Target to_q, to_k and to_v instead, or fuse the projections again with fuse_qkv_projections."
+        )
     problems = {}
     for name, layer in targets.items():
         try:
