@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import typer.main
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -92,6 +93,7 @@ THEIR_ARGUMENTS = {
     "dtype": DiffusionPipeline.to,
     "init_lora_weights": LoraConfig,
     "path_initial_model_for_weight_conversion": PeftModel.save_pretrained,
+    "weight_decay": torch.optim.AdamW,
 }
 """Arguments of other libraries, and what takes them."""
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from diffusekrona.cli import Commands
 from diffusekrona.cli.progress import training_progress
 
-from .personalise import TRAINING, DemoPaths, run_demo
+from .personalise import DemoPaths, run_demo
 from .result import rich_table
 
 console = Console()
@@ -27,7 +27,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the adapter and the pictures.")] = DemoPaths.output,
 ) -> None:
     """Teach the repository's small base model a new subject; save, reload, merge, generate and measure."""
-    with training_progress(TRAINING.max_train_steps) as on_step:
+    with training_progress() as on_step:
         result = run_demo(DemoPaths(base, judge, subject, output), on_step=on_step, on_stage=console.print)
     console.print(rich_table(result))
     console.print(escape(str(result.picture)), soft_wrap=True)

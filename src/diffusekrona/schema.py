@@ -136,6 +136,14 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
+def yaml_value(text: str) -> Any:
+    """A value as a YAML file would have it, or else the text itself."""
+    try:
+        return yaml.load(text, _YamlLoader)
+    except yaml.YAMLError:
+        return text
+
+
 def read_mapping(path: Path, error: type[KronAError]) -> dict[Any, Any]:
     """The names and values of a YAML file, or of a TOML file.
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from diffusekrona.cli import app
-from diffusekrona.cli.options import factor_pattern, flags_of_training, help_of, with_flags
+from diffusekrona.cli.options import factor_pattern, named_values, flags_of_training, help_of, with_flags
 from diffusekrona.errors import KronAError
 from diffusekrona.training.settings import GROUPS, NAMES, SHORT_NAMES
 
@@ -72,6 +72,7 @@ def test_each_type_of_setting_can_be_given():
         "--max-train-steps", 3, "--learning-rate", "1e-4", "--random-flip", "--optimizer", "prodigy",
         "--instance-prompt", "a toy", "--lr-scheduler", "constant_with_warmup",
         "--factors", "to_k=2,8", "--factors", "a=b=4,4",
+        "--optimizer-args", "betas=[0.9, 0.99]", "--optimizer-args", "d0=1e-5",
     )  # fmt: skip
     assert found == {
         "max_train_steps": 3,
@@ -81,6 +82,7 @@ def test_each_type_of_setting_can_be_given():
         "instance_prompt": "a toy",
         "lr_scheduler": "constant_with_warmup",
         "factors": {"to_k": (2, 8), "a=b": (4, 4)},
+        "optimizer_args": {"betas": [0.9, 0.99], "d0": 1e-5},
     }
 
 
@@ -107,3 +109,16 @@ def test_factors_are_read_whatever_the_expression_holds(expression, a1, a2):
 def test_other_factors_are_refused_with_an_example(text):
     with pytest.raises(KronAError, match="--factors takes REGEX=A1,A2, such as"):
         factor_pattern([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.9", 0.9), ("1e-4", 1e-4), ("[0.9, 0.99]", [0.9, 0.99]), ("true", True), ("a=b", "a=b")]
+)
+def test_values_of_an_optimizers_arguments_are_what_they_are_in_a_file(text, value):
+    assert named_values([f"one={text}", "two=2"]) == {"one": value, "two": 2}
+
+
+@pytest.mark.parametrize("text", ["weight_decay", "=1"])
+def test_other_arguments_are_refused_with_an_example(text):
+    with pytest.raises(KronAError, match="--optimizer-args takes NAME=VALUE, such as weight_decay=0.01"):
+        named_values([text])

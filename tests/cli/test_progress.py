@@ -21,7 +21,7 @@ def step(number, steps=1000):
 
 
 def test_training_shows_steps_loss_learning_rate_speed_and_time_left_on_80_columns(shown):
-    with bars.training_progress(1000) as show:
+    with bars.training_progress() as show:
         show(step(999))
         show(step(1000))
     line = next(line for line in reversed(shown()) if line)
@@ -30,13 +30,13 @@ def test_training_shows_steps_loss_learning_rate_speed_and_time_left_on_80_colum
 
 
 def test_there_is_no_bar_before_the_first_step(shown):
-    with pytest.raises(ValueError, match="early"), bars.training_progress(10):
+    with pytest.raises(ValueError, match="early"), bars.training_progress():
         raise ValueError("early")
     assert shown() == [""]
 
 
 def test_class_images_have_a_bar_that_ends_before_that_of_the_training(shown):
-    with bars.class_images_progress() as drawn, bars.training_progress(2) as trained:
+    with bars.class_images_progress() as drawn, bars.training_progress() as trained:
         for done in (1, 2, 3):
             drawn(done, 3)
         trained(step(1, 2))
@@ -54,7 +54,7 @@ def test_a_bar_that_is_interrupted_gives_the_terminal_back(shown):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with bars.training_progress(2) as trained:
+    with bars.training_progress() as trained:
         trained(step(1, 2))
     assert any(re.match(r"Class images ━*[╸╺]?━* *1/9 ", line) for line in shown())
     assert any(line.startswith("Training") for line in shown())

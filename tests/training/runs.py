@@ -17,6 +17,19 @@ from tests.pipelines import IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tin
 
 QUICK = TrainingConfig(max_train_steps=2, learning_rate=1e-2, train_batch_size=2)
 PLAN = ImagePlan(IMAGE_SIZE)
+PACKAGES = {
+    "adamw": "torch",
+    "adamw8bit": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "SGD": "torch",
+    "lion": "pytorch_optimizer",
+    "came": "pytorch_optimizer",
+    "adafactor": "pytorch_optimizer",
+    "muon": "pytorch_optimizer",
+}
+"""Of some optimizers."""
+OPTIMIZERS = pytest.mark.parametrize("optimizer", PACKAGES)
+
 SMALL = {"target_modules": r".*\.(to_q|q_proj)"}
 """An adapter of few layers, where it does not matter of how many."""
 
@@ -68,7 +81,7 @@ def trained(
 
 def need(optimizer: str) -> None:
     """Skip the test where the optimizer's package is not installed."""
-    pytest.importorskip({"adamw": "torch", "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[optimizer])
+    pytest.importorskip(PACKAGES[optimizer])
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

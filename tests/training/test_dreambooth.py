@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from diffusekrona import KronAConfig, KronALayer, KronAModel, inject_krona, load_krona, save_krona
-from diffusekrona.errors import AdapterNameError, FactorShapeError
+from diffusekrona.errors import AdapterFileError, AdapterNameError, FactorShapeError
 from diffusekrona.training import (
     DatasetError,
     ImagePlan,
@@ -16,6 +16,7 @@ from diffusekrona.training import (
     TrainingConfigError,
     TrainingDivergedError,
     UnsupportedPipelineError,
+    fit,
     prepare_images,
     train_dreambooth,
 )
@@ -24,7 +25,7 @@ from diffusekrona.training.families import family_of
 from diffusekrona.training.run import run
 from diffusekrona.training.settings import Settings
 from tests.pipelines import IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
-from tests.training.runs import FAMILIES, PLAN, SMALL, examples, pictures, same
+from tests.training.runs import FAMILIES, PLAN, SMALL, adapted, examples, pictures, same
 
 PROMPT = "a sks toy"
 QUICK = TrainingConfig(max_train_steps=2, learning_rate=1e-2, train_batch_size=2)
@@ -269,3 +270,75 @@ def test_a_run_keeps_encoders_only_for_validation_pictures(folder, tmp_path, val
     before, found = autoencoders(), []
     run(Settings.of(given), lambda step: found.append(autoencoders() - before))
     assert found == [kept]
+
+
+# Beginning with an adapter, keeping a class, held-out images
+
+
+def of(krona_pipe):
+    return {name: factor.detach().clone() for name, factor in krona_pipe.unet.named_parameters() if "krona_" in name}
+
+
+def test_a_training_begins_with_a_saved_adapter(tmp_path):
+    first = tiny_sd_pipeline()
+    train_dreambooth(first, pictures(2), "a sks toy", QUICK, KronAConfig(**SMALL))
+    save_krona(first, tmp_path / "first")
+    second = tiny_sd_pipeline()
+    still = QUICK.replace(max_train_steps=1, learning_rate=1e-30, adam_weight_decay=0.0)
+    train_dreambooth(
+        second, pictures(1, seed=5), "a sks cup", still, KronAConfig(**SMALL), init_from=tmp_path / "first"
+    )
+    assert same(of(first), of(second))
+    third = tiny_sd_pipeline()
+    other = KronAConfig(a1=2, a2=32, **SMALL)
+    with pytest.raises(AdapterFileError, match="differ in shape"):
+        train_dreambooth(third, pictures(1), "a sks toy", still, other, init_from=tmp_path / "first")
+    assert not of(third)
+
+
+def test_the_base_stays_what_it_is_for_the_class_without_class_images():
+    """Beside the subject alone, the class's own predictions move much less."""
+    images, strong = examples(2), QUICK.replace(max_train_steps=30, learning_rate=2e-2)
+    moved = {}
+    for prior in (None, "a toy"):
+        pipe = tiny_sd_pipeline()
+        train_dreambooth(
+            pipe, images, "a sks toy", strong.replace(prior_prompt=prior, prior_loss_weight=5.0), KronAConfig(**SMALL)
+        )
+        family = family_of(pipe)
+        noisy = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        times = torch.tensor([100, 300, 500, 900])
+        with torch.no_grad():
+            text = {
+                name: row.expand(4, *row.shape[1:])
+                for name, row in family.encode(["a toy"], torch.device("cpu")).items()
+            }
+            after = family.predict(noisy, times, text, torch.zeros(4, 6))
+            before = family_of(tiny_sd_pipeline()).predict(noisy, times, text, torch.zeros(4, 6))
+        moved[prior] = float((after - before).square().mean())
+    assert 0 < moved["a toy"] < 0.5 * moved[None]
+
+
+def test_a_class_is_kept_only_where_the_base_can_be_asked():
+    pipe, factors = adapted(**SMALL)
+    with pytest.raises(TrainingConfigError, match="give as_base"):
+        fit(pipe, examples(), factors, QUICK.replace(prior_prompt="a toy"))
+
+
+def test_the_loss_of_held_out_images_is_of_the_same_noise_each_time_and_changes_nothing():
+    config = QUICK.replace(max_train_steps=4, validation_loss_steps=2)
+    options = KronAConfig(dropout=0.3, **SMALL)
+    plain, watched = tiny_sd_pipeline(), tiny_sd_pipeline()
+    train_dreambooth(plain, examples(), "a sks toy", config, options)
+    seen = []
+    result = train_dreambooth(
+        watched, examples(), "a sks toy", config, options, held_out=examples(2, seed=7),
+        on_step=lambda done: seen.append(done.validation_loss),
+    )  # fmt: skip
+    assert same(of(plain), of(watched))
+    assert [loss is None for loss in seen] == [True, False, True, False]
+    assert list(result.validation_losses) == [2, 4]
+    config = config.replace(learning_rate=1e-30, adam_weight_decay=0.0)
+    still = train_dreambooth(tiny_sd_pipeline(), examples(), "a sks toy", config, options, held_out=examples(2, seed=7))
+    first, last = still.validation_losses.values()
+    assert first == last != pytest.approx(result.validation_losses[4], rel=1e-6)

@@ -2,7 +2,6 @@ import itertools
 import math
 import re
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ from diffusekrona.training import (
     loop,
     prepare_images,
 )
-from diffusekrona.training.config import Optimizer
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import (
     FAMILIES,
+    OPTIMIZERS,
     PIPELINES,
     PLAN,
     QUICK,
@@ -370,7 +369,7 @@ def test_recomputing_activations_changes_no_bit_and_is_over_afterwards(build):
     assert (runs[0][2], runs[1][2]) == (2, 4)
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@OPTIMIZERS
 def test_each_optimizer_learns(optimizer):
     need(optimizer)
     rate = 1.0 if optimizer == "prodigy" else 2e-2
@@ -425,7 +424,7 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_before_it_is_used():
     assert same(started, factors)
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@OPTIMIZERS
 @pytest.mark.parametrize("bad", [1, 2])
 def test_such_steps_can_be_skipped(optimizer, bad):
     need(optimizer)

@@ -1,6 +1,5 @@
 import json
 import sys
-from typing import get_args
 
 import pytest
 import torch
@@ -8,18 +7,18 @@ from torch import nn
 
 from diffusekrona.storage import read_safetensors, safetensors_bytes
 from diffusekrona.training import TrainingConfig, TrainingConfigError
-from diffusekrona.training.config import Optimizer
+from diffusekrona.training.optimizer_names import check_optimizer
 from diffusekrona.training.optimizers import optimizer_of, optimizer_state, restore_optimizer
-from tests.training.runs import need
+from tests.training.runs import PACKAGES, need
 
-OPTIMIZERS = pytest.mark.parametrize("name", get_args(Optimizer))
+OPTIMIZERS = pytest.mark.parametrize("name", [*PACKAGES, "paged_adamw8bit", "Muon", "soap", "adashift"])
 CONFIG = TrainingConfig(learning_rate=0.1, adam_weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
 
 
 def parameters():
     """One that 8-bit optimizers quantize and one that is too small for that."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"unet.large": (80, 64), "text_encoder.small": (3,)}
+    shapes = {"unet.large": (80, 64), "text_encoder.small": (3, 2)}
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -31,7 +30,7 @@ def step(optimizer, found, number):
 
 
 def made(name, found, **more):
-    need(name)
+    pytest.importorskip(PACKAGES.get(name, "pytorch_optimizer"))
     return optimizer_of(found, TrainingConfig(optimizer=name, **more))
 
 
@@ -52,6 +51,72 @@ def test_its_state_goes_through_a_file_and_it_continues_bit_for_bit(name, tmp_pa
         step(optimizer, found, number)
         step(other, again, number)
     assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+@pytest.mark.parametrize("name", ["SGD", "sgd", "Adafactor", "rmsprop"])
+def test_names_of_torch_are_its_own(name):
+    optimizer = optimizer_of(parameters(), TrainingConfig(optimizer=name))
+    assert type(optimizer).__module__.startswith("torch.optim")
+    assert type(optimizer).__name__.lower() == name.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("adamww", "adamw"), ("cme", "came"), ("AdanW", "AdamW"), ("adamw8bits", "adamw8bit")]
+)
+def test_an_unknown_name_gets_the_nearest_known_one(name, near):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(TrainingConfigError, match=f"no optimizer '{name}'; did you mean '{near}'"):
+        check_optimizer(TrainingConfig(optimizer=name))
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "schedulefreeadamw", "adahessian", "alig", "conda"])
+def test_an_optimizer_that_the_loop_cannot_run_is_refused(name):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(TrainingConfigError, match=f"'{name}' cannot be used here, for it"):
+        check_optimizer(TrainingConfig(optimizer=name))
+
+
+def test_arguments_reach_the_optimizer_and_win_over_our_own_of_it():
+    args = {"momentum": 0.5, "nesterov": True}
+    (group,) = made("SGD", {"a": nn.Parameter(torch.ones(2))}, optimizer_args=args).param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.5, True)
+    (group,) = made("adamw", {"a": nn.Parameter(torch.ones(2))}, optimizer_args={"betas": [0.5, 0.6]}).param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.01)
+    (group,) = made("came", {"a": nn.Parameter(torch.ones(2))}, optimizer_args={"betas": [0.5, 0.6, 0.7]}).param_groups
+    assert group["betas"] == (0.5, 0.6, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"optimizer": "SGD", "optimizer_args": {"momentun": 1}}, "no argument 'momentun'.*it has momentum, dampening"),
+        ({"optimizer": "SGD", "optimizer_args": {"lr": 1}}, "lr, which is the setting learning_rate"),
+        ({"optimizer": "SGD", "optimizer_args": {"momentum": -1}}, "cannot be made with .*'momentum': -1"),
+        ({"optimizer": "lion", "adam_beta1": 0.5}, "adam_beta1 is given, but is not for optimizer 'lion'"),
+        ({"adam_beta1": 0.5, "optimizer_args": {"betas": [0.5, 0.6]}}, "betas, and adam_beta1 is given"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_by_name(fields, said):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(TrainingConfigError, match=said):
+        optimizer_of(parameters(), TrainingConfig(**fields))
+
+
+@pytest.mark.parametrize("name", ["lion", "came", "adafactor", "muon", "SGD"])
+def test_the_learning_rate_is_what_steps_are_measured_by(name):
+    moved = []
+    for rate in (1e-3, 1e-2):
+        found = {"a": nn.Parameter(torch.zeros(8, 8))}
+        optimizer = made(name, found, learning_rate=rate)
+        step(optimizer, found, 0)
+        moved.append(found["a"].detach().norm())
+    assert moved[1] / moved[0] == pytest.approx(10, rel=0.01)
+
+
+def test_muon_takes_adams_step_on_what_is_no_matrix():
+    found = {"a": nn.Parameter(torch.zeros(4, 8)), "b": nn.Parameter(torch.zeros(2, 4, 8))}
+    groups = made("muon", found, learning_rate=0.1).param_groups
+    assert [(group["use_muon"], group["lr"]) for group in groups] == [(True, 0.1), (False, 0.1)]
 
 
 def test_adamw_is_the_formula():
@@ -154,11 +219,12 @@ def test_prodigy_finds_one_learning_rate_and_refuses_two():
             optimizer_of(found, TrainingConfig(optimizer="prodigy", learning_rate=1.0, **more))
 
 
-@pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt"), ("came", "pytorch-optimizer")]
+)
 def test_a_missing_package_is_named_with_how_to_install_it(name, package, monkeypatch):
-    for module in (package, f"{package}.optim.adamw"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(TrainingConfigError, match=f"'{name}' needs {package}: pip install {package}"):
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    with pytest.raises(TrainingConfigError, match=f"'{name}'.* needs? {package}: pip install {package}"):
         optimizer_of(parameters(), TrainingConfig(optimizer=name))
 
 

@@ -95,6 +95,8 @@ def test_runs_of_each_family_can_be_planned(name, tmp_path):
     krona = inject_krona(pipe, KronAConfig(a1=4, a2=8))
     assert found.activations >= kept_bytes(pipe, chosen)
     assert found.parameters == sum(factor.numel() for factor in krona.parameters())
+    with_text = settings(folder, train_batch_size=3, resolution=IMAGE_SIZE, train_text_encoder=True)
+    assert plan(with_text).activations > found.activations
 
 
 def test_text_encoders_that_are_trained_keep_activations_too(base):
@@ -145,6 +147,16 @@ def test_more_is_trained_and_kept_with_text_encoders_averages_and_other_optimize
     assert plan(settings(folder, train_text_encoder=True)).parameters > plain.parameters
     assert plan(settings(folder, ema_decay=0.9)).state == plain.state + 4 * plain.parameters
     assert plan(settings(folder, optimizer="adamw8bit")).state == plain.state - 6 * plain.parameters
+    assert plan(settings(folder, optimizer="SGD")).state == plain.state - 8 * plain.parameters
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("lion", 4, 4), ("muon", 4, 4), ("came", 4, 7)])
+def test_a_plan_measures_the_state_of_other_optimizers(name, least, most, base):
+    pytest.importorskip("pytorch_optimizer")
+    _, folder = base
+    plain = plan(settings(folder))
+    moments = (plan(settings(folder, optimizer=name)).state - plain.state) / plain.parameters + 8
+    assert least <= moments <= most
 
 
 def test_a_base_that_cannot_be_read_is_an_error(base):

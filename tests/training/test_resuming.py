@@ -20,6 +20,8 @@ KINDS = {
     "adamw": {"random_flip": True, "noise_offset": 0.1},
     "adamw8bit": {"optimizer": "adamw8bit"},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "linear"},
+    "came": {"optimizer": "came", "optimizer_args": {"betas": [0.8, 0.95, 0.99]}},
+    "muon": {"optimizer": "muon"},
     "ema and cosine": {"ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
     "text encoders with dropout": {"train_text_encoder": True, "text_encoder_lr": 1e-3},
 }

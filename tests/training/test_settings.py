@@ -72,7 +72,7 @@ def test_a_page_can_be_built_from_the_schema():
     assert found["max_train_steps"] | {"description": ""} == {
         "default": 1000, "description": "", "minimum": 1, "title": "Max Train Steps", "type": "integer",
     }  # fmt: skip
-    assert found["optimizer"]["enum"] == ["adamw", "adamw8bit", "prodigy"]
+    assert found["cache"]["enum"] == ["memory", "disk", "none"]
     assert (found["dropout"]["minimum"], found["dropout"]["exclusiveMaximum"]) == (0, 1)
     assert found["output_dir"]["format"] == "path"
     assert found["output_dir"]["short"] == "output"
@@ -127,7 +127,9 @@ def choices(draw):
 @given(choices())
 def test_settings_written_as_yaml_are_read_as_the_same_settings_wherever_the_run_went(tmp_path, chosen):
     name = f"toy{'.v2.safetensors' if chosen.pop('single', False) else ''}"
-    here, there = ({"output_dir": tmp_path / place / name, "instance_data_dir": tmp_path} for place in ("here", "there"))
+    here, there = (
+        {"output_dir": tmp_path / place / name, "instance_data_dir": tmp_path} for place in ("here", "there")
+    )
     found = settings(**chosen, **here)
     folder = settings(**chosen, **there).output.run_folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +268,8 @@ def test_class_images_need_a_prompt(prompt):
         ("output_dir", "~nobody-of-this-name/toy", "output_dir must be a path, not '~nobody"),
         ("dtype", "float8", "dtype must be one of float32, float16, bfloat16, not 'float8'"),
         ("on_bad_image", "ignore", "on_bad_image must be one of stop, skip"),
-        ("optimizer", "sgd", "optimizer must be one of adamw, adamw8bit, prodigy"),
+        ("optimizer", 1, "optimizer must be a text, not 1"),
+        ("optimizer_args", [1], r"optimizer_args must be such as {'weight_decay': 0\.01}, not \[1\]"),
         ("init_a", {}, "init_a must be one of zeros, normal"),
         ("factors", {"to_k": 4}, r"factors must be such as {'to_k\|to_v': \[2, 32\]}, not {'to_k': 4}\.$"),
         ("factors", {"to_k": [4, 0]}, "factors must be such as"),

@@ -9,6 +9,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import KronAError, TrainingInterrupted
+from ..training.script_names import answer
 from .console import errors
 
 
@@ -39,6 +40,16 @@ def _stopped(interrupt: KeyboardInterrupt) -> str:
 
 class QuietCommand(TyperCommand):
     """A command during which Diffusers and transformers print errors only, and no progress bars."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Read the flags; where one is of Diffusers' scripts and not ours, say what to use."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # typer does not show the class of this error.
+            if (name := getattr(error, "option_name", None)) and (said := answer(name)):
+                error.message, error.possibilities = f"{error.message}.{said}", None  # type: ignore[attr-defined]
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 from ..errors import KronAError
-from ..schema import SettingsModel, short_name
+from ..schema import SettingsModel, short_name, yaml_value
+from ..training.script_names import MEANT
 from ..training.settings import GROUPS
 
 Flags = list[inspect.Parameter]
@@ -22,8 +23,9 @@ def flags_of(group: type[SettingsModel], names: Iterable[str] | None = None, hea
 
 
 def flags_of_training() -> Flags:
-    """A flag for each setting of a run, under the headings of their groups."""
-    return [flag for group in GROUPS for flag in flags_of(group.model, heading=group.heading)]
+    """A flag for each setting of a run, under the headings of their groups, and hidden ones by Diffusers' names."""
+    ours = [flag for group in GROUPS for flag in flags_of(group.model, heading=group.heading)]
+    return ours + [_hidden(name, kind) for name, (kind, _) in MEANT.items()]
 
 
 def with_flags(flags: Flags) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -37,6 +39,8 @@ def with_flags(flags: Flags) -> Callable[[Callable[..., None]], Callable[..., No
             given = {name: value for name, value in values.items() if name in always or _is_given(context, name)}
             if "factors" in given:
                 given["factors"] = factor_pattern(given["factors"])
+            if "optimizer_args" in given:
+                given["optimizer_args"] = named_values(given["optimizer_args"])
             command(**given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -67,7 +71,7 @@ def _flag(group: type[SettingsModel], name: str, heading: str | None) -> inspect
     if kind is bool:
         flag += f"/--no-{flag[2:]}"
     elif get_origin(kind) is dict:
-        kind, options["metavar"] = list[str] | None, "REGEX=A1,A2"
+        kind, options["metavar"] = list[str] | None, "REGEX=A1,A2" if name == "factors" else "NAME=VALUE"
     elif default is None:
         kind |= None
     return inspect.Parameter(
@@ -75,6 +79,13 @@ def _flag(group: type[SettingsModel], name: str, heading: str | None) -> inspect
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[kind, typer.Option(*([f"--{short}"] if short else []), flag, **options)],
+    )
+
+
+def _hidden(name: str, kind: Any) -> inspect.Parameter:
+    option = typer.Option(f"--{name.replace('_', '-')}", hidden=True)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
@@ -87,3 +98,14 @@ def factor_pattern(options: list[str]) -> dict[str, tuple[int, int]]:
             raise KronAError(f'--factors takes REGEX=A1,A2, such as "to_k|to_v=2,32", not {option!r}.')
         pattern[found[1].strip()] = (int(found[2]), int(found[3]))
     return pattern
+
+
+def named_values(options: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` options as `optimizer_args`; a value is what it would be in a YAML file."""
+    values = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or not name.strip():
+            raise KronAError(f"--optimizer-args takes NAME=VALUE, such as weight_decay=0.01, not {option!r}.")
+        values[name.strip()] = yaml_value(text)
+    return values

@@ -41,12 +41,13 @@ def progress(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Ca
 
 
 @contextmanager
-def training_progress(steps: int) -> Iterator[Callable[[TrainingStep], None]]:
+def training_progress() -> Iterator[Callable[[TrainingStep], None]]:
     """A bar for `train_dreambooth`'s `on_step`: steps, recent loss, learning rate, speed, and time left."""
     columns = (MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TextColumn("left"))
-    with progress("Training", *columns, total=steps, status="") as show:
+    with progress("Training", *columns, total=None, status="") as show:
         yield lambda done: show(
             completed=done.step,
+            total=done.steps,
             status=f"loss {done.average:.4f} lr {done.learning_rate:.1e} {done.images_per_second:.3g} images/s",
         )
 

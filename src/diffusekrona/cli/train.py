@@ -42,7 +42,7 @@ def _run(settings: Settings) -> None:
 
     if (text := left_out()) is not None:
         errors.print(text, soft_wrap=True, markup=False)
-    with class_images_progress() as on_class_image, training_progress(settings.training.max_train_steps) as on_step:
+    with class_images_progress() as on_class_image, training_progress() as on_step:
         outcome = run(settings, on_step, on_class_image)
     if not outcome.saved:  # by another process
         return

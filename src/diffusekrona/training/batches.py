@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,16 @@ class _Drawn(NamedTuple):
     mask: Tensor | None
 
 
+def _stacked(drawn: Sequence[_Drawn], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents and noise of a batch, each (batch, channels, height, width)."""
+    latents, noise = [one.latents for one in drawn], [one.noise for one in drawn]
+    return torch.stack(latents).to(device), torch.stack(noise).to(device)
+
+
+AsBase = Callable[[], AbstractContextManager[None]]
+"""Makes a pipeline the base's for a while, as if nothing of it were trained."""
+
+
 def _tell_unread(family: Family, images: Sequence[TrainingImage]) -> None:
     """Log a warning for each prompt that is longer than what the text encoders read."""
     for prompt, source in {image.prompt: image.source for image in images}.items():
@@ -63,6 +74,7 @@ class Batches:
         config: batch size, the loss's weights, and whether the text encoders are trained.
         accelerator: device and processes.
         folder: for what is cached on disk.
+        more_prompts: what else will be asked for, beside the images' own prompts.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class Batches:
         config: TrainingConfig,
         accelerator: Accelerator,
         folder: Path | None = None,
+        more_prompts: Sequence[str] = (),
     ) -> None:
         self._family, self._images, self._config, self._accelerator = family, images, config, accelerator
         device = accelerator.device
@@ -93,7 +106,7 @@ class Batches:
         _tell_unread(family, images)
         self._texts = Texts(
             family,
-            all_wordings([image.prompt for image in images], config),
+            [*all_wordings([image.prompt for image in images], config), *more_prompts],
             text_encoders(pipe),
             trained=config.train_text_encoder,
             device=device,
@@ -104,19 +117,42 @@ class Batches:
     def loss(self, number: int) -> Tensor:
         """Loss of a batch, a float32 scalar with gradients."""
         drawn = [self._draw(sample) for sample in self._share(number)]
-        device, dtype = self._accelerator.device, self._family.dtype
-        latents, noise = (
-            torch.stack([getattr(one, name) for one in drawn]).to(device) for name in ("latents", "noise")
-        )
-        levels = torch.tensor([one.level for one in drawn], device=device)
-        noisy = self._objective.add_noise(latents, noise, levels).to(dtype)
-        sizes = torch.tensor([one.image.sizes for one in drawn], dtype=torch.float32, device=device)
+        noisy, timesteps, levels, sizes = self._noisy(drawn)
         with self._accelerator.autocast():
             text = self._texts([one.wording for one in drawn])
-            prediction = self._family.predict(noisy, self._objective.timesteps(levels), text, sizes)
-        target = self._objective.target(latents, noise, levels)
+            prediction = self._family.predict(noisy, timesteps, text, sizes)
+        target = self._objective.target(*_stacked(drawn, noisy.device), levels)
         errors = self._errors(prediction, target, [one.mask for one in drawn])
         return (self._objective.weights(levels) * errors).mean()
+
+    def kept(self, number: int, prompt: str, as_base: AsBase) -> Tensor:
+        """How far a batch's predictions for another prompt are from the base's own, a scalar with gradients.
+
+        The images, the noise and its levels are those of `loss`.
+
+        Args:
+            number: of the batch.
+            prompt: what the base shall go on drawing as before, such as the name of the subject's class; it is one of
+                the set's `more_prompts`.
+            as_base: makes the pipeline the base's for a while.
+        """
+        drawn = [self._draw(sample) for sample in self._share(number)]
+        noisy, timesteps, levels, sizes = self._noisy(drawn)
+        prompts = [prompt] * len(drawn)
+        with self._accelerator.autocast():
+            with as_base(), torch.no_grad():
+                target = self._family.predict(noisy, timesteps, self._texts(prompts), sizes)
+            prediction = self._family.predict(noisy, timesteps, self._texts(prompts), sizes)
+        errors = self._errors(prediction, target, [None] * len(drawn))
+        return (self._objective.weights(levels) * errors).mean()
+
+    def _noisy(self, drawn: Sequence[_Drawn]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps, noise levels and sizes of a batch, on the device."""
+        device = self._accelerator.device
+        levels = torch.tensor([one.level for one in drawn], device=device)
+        noisy = self._objective.add_noise(*_stacked(drawn, device), levels).to(self._family.dtype)
+        sizes = torch.tensor([one.image.sizes for one in drawn], dtype=torch.float32, device=device)
+        return noisy, self._objective.timesteps(levels), levels, sizes
 
     @property
     def marks(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,6 @@ from ..schema import SettingsModel
 
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 OnNonFinite = Literal["stop", "skip"]
 Keep = Literal["memory", "disk", "none"]
 Sampling = Literal["uniform", "logit_normal", "mode"]
@@ -40,6 +39,8 @@ class TrainingConfig(TrainingSettings):
 
     max_train_steps: int = Field(default=1000, ge=1)
     """Optimizer steps. Simple subjects are learnt by 500, intricate ones by 1000 (Appendix D.4)."""
+    num_train_epochs: int | None = Field(default=None, ge=1)
+    """Number of times that each image is used, in place of max_train_steps."""
     learning_rate: float = Field(default=5e-4, gt=0)
     """Learning rate. From 1e-4 to 1e-3 works; above, prompts are ignored (Appendix D.3). Prodigy wants 1."""
     text_encoder_lr: float | None = Field(default=None, gt=0)
@@ -68,16 +69,19 @@ class TrainingConfig(TrainingSettings):
     """Show each image mirrored half of the time. It does not suit subjects with lettering."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random in a run. On a CPU, equal seeds give equal factors, bit for bit."""
-    optimizer: Optimizer = "adamw"
-    """Optimizer: "adamw", "adamw8bit" (needs bitsandbytes) or "prodigy" (needs prodigyopt)."""
+    optimizer: str = "adamw"
+    """Optimizer by its name: of torch.optim, such as "AdamW" or "SGD"; of bitsandbytes, such as "adamw8bit" or
+    "paged_adamw8bit"; "prodigy"; or of pytorch-optimizer, such as "came", "lion" or "muon"."""
+    optimizer_args: dict[str, Any] = Field(default_factory=dict, examples=[{"weight_decay": 0.01}])
+    """Arguments of the optimizer by their names, such as weight_decay=0.01; as a flag it is repeatable."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of the optimizer's first moment, the mean of the gradients."""
+    """Decay rate of the first moment, the mean of the gradients, in AdamW and Prodigy; others have optimizer_args."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay rate of the optimizer's second moment, the mean of the squared gradients."""
+    """Decay rate of the second moment, the mean of the squared gradients, in AdamW and Prodigy."""
     adam_weight_decay: float = Field(default=1e-2, ge=0)
-    """Decoupled weight decay of the optimizer; 0 turns it off."""
+    """Decoupled weight decay of AdamW and Prodigy; 0 turns it off."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """Number that the optimizer adds to the root of the second moment, against division by zero."""
+    """Number that AdamW and Prodigy add to the root of the second moment, against division by zero."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Norm that longer gradients are scaled down to; 0 leaves all of them alone."""
     lr_scheduler: Schedule = "constant"
@@ -128,7 +132,12 @@ class TrainingConfig(TrainingSettings):
     """Decay of an exponential moving average of the factors, such as 0.99, which is then saved instead of them; by
     default there is none."""
     prior_loss_weight: float = Field(default=1.0, ge=0)
-    """Weight of the class images' loss beside the subject's, with prior preservation."""
+    """Weight of the class's loss beside the subject's, with prior preservation or prior_prompt."""
+    prior_prompt: str | None = None
+    """Name of the subject's class, such as "a toy", that the base shall go on drawing as before, without class images:
+    the base's own predictions for it are learnt beside the subject, at prior_loss_weight."""
+    validation_loss_steps: int = Field(default=50, ge=1)
+    """Number of steps after which the loss of held-out images is computed each time."""
     on_non_finite: OnNonFinite = "stop"
     """What to do when a loss or a gradient is not finite: "stop", or "skip" the step."""
     checkpointing_steps: int = Field(default=500, ge=1)
@@ -136,8 +145,23 @@ class TrainingConfig(TrainingSettings):
     checkpoints_total_limit: int = Field(default=2, ge=1)
     """Number of checkpoints that are kept, the newest ones."""
 
+    def __hash__(self) -> int:
+        return hash(tuple(value for name, value in self if name != "optimizer_args"))
+
+    def in_steps(self, images: int, processes: int) -> TrainingConfig:
+        """The same with the number of steps in which so many images are each used `num_train_epochs` times."""
+        if self.num_train_epochs is None:
+            return self
+        per_step = self.train_batch_size * self.gradient_accumulation_steps * processes
+        return self.replace(max_train_steps=math.ceil(self.num_train_epochs * images / per_step), num_train_epochs=None)
+
     @model_validator(mode="after")
     def _check_warmup(self) -> TrainingConfig:
+        if (
+            self.num_train_epochs is not None
+            and self.max_train_steps != type(self).model_fields["max_train_steps"].default
+        ):
+            raise TrainingConfigError("num_train_epochs and max_train_steps both say when to stop. Give one of them.")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise TrainingConfigError(
                 f"lr_scheduler 'constant' has no warm-up, but lr_warmup_steps is {self.lr_warmup_steps}. "

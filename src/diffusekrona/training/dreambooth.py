@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from PIL import Image
 
 from ..errors import TrainingConfigError
-from ..pipeline import inject_krona, unload_krona
+from ..pipeline import InjectedAdapter, hotswap_krona, inject_krona, unload_krona
+from ..tuner.compat import adapters_off
 from ..tuner.config import KronAConfig
+from ..tuner.injected import krona_layers
 from .checkpoints import base_identity
 from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
@@ -30,6 +34,8 @@ def train_dreambooth(
     *,
     plan: ImagePlan | None = None,
     class_images: Sequence[TrainingImage] = (),
+    held_out: Sequence[TrainingImage] = (),
+    init_from: Path | None = None,
     adapter_name: str = "default",
     on_step: Callable[[TrainingStep], None] | None = None,
     folder: Path | None = None,
@@ -50,6 +56,8 @@ def train_dreambooth(
         plan: what becomes of images that are not prepared; their middle squares, of the pipeline's own size, if left
             out.
         class_images: of other subjects of the class, which the model shall draw as before.
+        held_out: images that are not trained on; their loss is computed now and then.
+        init_from: a saved adapter of the same layers and shapes that the new one begins as.
         adapter_name: name of the new adapter in the pipeline.
         on_step: called after every optimizer step, for progress.
         folder: for checkpoints and what is cached on disk.
@@ -73,6 +81,8 @@ def train_dreambooth(
     with seeded(config.seed, torch.device("cpu")):
         krona = inject_krona(pipe, krona_config, adapter_name=adapter_name, text_encoders=config.train_text_encoder)
     try:
+        if init_from is not None:
+            hotswap_krona(pipe, init_from, adapter_name)
         return fit(
             pipe,
             examples,
@@ -80,6 +90,8 @@ def train_dreambooth(
             config,
             on_step,
             class_images=class_images,
+            held_out=held_out,
+            as_base=partial(_switched_off, krona),
             folder=folder,
             resume=resume,
             about=about,
@@ -90,6 +102,14 @@ def train_dreambooth(
     except BaseException:
         unload_krona(pipe, adapter_name)
         raise
+
+
+@contextmanager
+def _switched_off(krona: InjectedAdapter) -> Iterator[None]:
+    """Let the layers of an adapter be the base's for a while."""
+    layers = [layer for component in krona.components.values() for layer in krona_layers(component).values()]
+    with adapters_off(layers):
+        yield
 
 
 def training_resolution(pipe: Any, resolution: int | None) -> int:

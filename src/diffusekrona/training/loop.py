@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +22,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingConfigError, TrainingDivergedError, TrainingInterrupted
-from .batches import Batches, free_encoders, text_encoders
+from .batches import AsBase, Batches, free_encoders, text_encoders
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .data import TrainingImage
 from .families import family_of
+from .optimizer_names import check_optimizer
 from .optimizers import optimizer_of, optimizer_state, restore_optimizer
 from .randomness import seed_for
 from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept, sharding_of
@@ -34,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 MAY_DIFFER = (
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "cache", "gradient_checkpointing",
-    "on_non_finite",
+    "on_non_finite", "validation_loss_steps",
 )  # fmt: skip
 """Settings that a run may change when it goes on from a checkpoint."""
 
@@ -57,6 +59,8 @@ class TrainingStep:
         learning_rate: that this step used.
         seconds: since this run, or the part of it after it was resumed, began its first step.
         images_per_second: in that time, of all processes together.
+        validation_loss: of the held-out images after this step, over noise that is the same each time; None where it
+            was not computed.
         averaged: with it, the parameters are for a while what they would end as now: with `ema_decay`, their averages.
     """
 
@@ -67,6 +71,7 @@ class TrainingStep:
     learning_rate: float
     seconds: float
     images_per_second: float
+    validation_loss: float | None = None
     averaged: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False, compare=False)
 
 
@@ -80,6 +85,7 @@ class TrainingResult:
         images: how many images it was trained on.
         parameters: how many numbers were trained.
         resumed_at: the step that it went on from; 0 where it started anew.
+        validation_losses: of the held-out images, by step.
     """
 
     losses: tuple[float, ...]
@@ -87,6 +93,7 @@ class TrainingResult:
     images: int
     parameters: int
     resumed_at: int = 0
+    validation_losses: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -112,6 +119,8 @@ def fit(
     on_step: Callable[[TrainingStep], None] | None = None,
     *,
     class_images: Sequence[TrainingImage] = (),
+    held_out: Sequence[TrainingImage] = (),
+    as_base: AsBase | None = None,
     folder: Path | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
@@ -134,6 +143,8 @@ def fit(
         config: how.
         on_step: called after every optimizer step, in every process; what it raises ends the run.
         class_images: of other subjects of the class, which the model shall draw as before (prior preservation).
+        held_out: images that are not trained on; their loss is computed now and then.
+        as_base: makes the pipeline the base's for a while, which `prior_prompt` needs.
         folder: for checkpoints and what is cached on disk; without it, there are no checkpoints.
         resume: go on from the newest checkpoint in the folder, if there is one; otherwise those there are replaced.
         about: what else tells this run from others, values for JSON; a checkpoint of another is not gone on from.
@@ -148,6 +159,7 @@ def fit(
     """
     family = family_of(pipe)
     family.guidance = config.guidance_scale
+    check_optimizer(config)
     if not parameters:
         raise TrainingConfigError("There is nothing to train: no parameters were given.")
     if config.cache == "disk" and folder is None:
@@ -156,6 +168,7 @@ def fit(
     trained = [family.denoiser, *(text_encoders(pipe) if config.train_text_encoder else [])]
     with ExitStack() as borrowed:
         accelerator = borrowed.enter_context(accelerator_for(config.mixed_precision))
+        config = config.in_steps(len(images), accelerator.num_processes)
         sharding = sharding_of(accelerator.state)
         borrowed.enter_context(random_state_kept(accelerator.device))
         borrowed.enter_context(modes_kept(modules))
@@ -165,10 +178,14 @@ def fit(
         sets = [("subject", images, 1.0)]
         if class_images:
             sets.append(("class", class_images, config.prior_loss_weight))
-        sources = [
-            (Batches(name, pipe, family, some, config, accelerator, folder and folder / "cache"), weight)
-            for name, some, weight in sets
-        ]
+        prior = [] if config.prior_prompt is None else [config.prior_prompt]
+        cache = folder and folder / "cache"
+        made = [Batches(name, pipe, family, some, config, accelerator, cache, prior) for name, some, _ in sets]
+        losses = [_Loss(batches.loss, batches, weight) for batches, (*_, weight) in zip(made, sets, strict=True)]
+        if config.prior_prompt is not None:
+            kept = partial(made[0].kept, prompt=config.prior_prompt, as_base=_needed(as_base))
+            losses.append(_Loss(kept, made[0], config.prior_loss_weight))
+        validation = Batches("held-out", pipe, family, held_out, config, accelerator, cache) if held_out else None
         if not keep_encoders:
             free_encoders(pipe, config)
         if sharding is None:  # not before, so that the device never holds the encoders beside it
@@ -178,7 +195,7 @@ def fit(
                 parameter.data = parameter.data.to(accelerator.device)
         if config.gradient_checkpointing:
             borrowed.enter_context(checkpointed(trained))
-        run = _Run(sources, parameters, accelerator, config, folder, about or {})
+        run = _Run(losses, parameters, accelerator, config, folder, about or {}, validation, trained)
         if resume:
             run.resume()
         if sharding is not None:
@@ -187,8 +204,31 @@ def fit(
             borrowed.enter_context(sharded(pipe, family.denoiser, parameters.values(), sharding))
         run.finish(on_step)
     return TrainingResult(
-        tuple(run.losses), run.seconds, len(images), sum(p.numel() for p in parameters.values()), run.started_at
+        tuple(run.losses),
+        run.seconds,
+        len(images),
+        sum(p.numel() for p in parameters.values()),
+        run.started_at,
+        run.validation_losses,
     )
+
+
+def _needed(as_base: AsBase | None) -> AsBase:
+    if as_base is None:
+        raise TrainingConfigError("prior_prompt needs a way to the base's own predictions: give as_base.")
+    return as_base
+
+
+class _Loss(NamedTuple):
+    """A part of the loss: what gives it for a batch's number, whose batches these are, and its weight."""
+
+    of: Callable[[int], Tensor]
+    batches: Batches
+    weight: float
+
+
+VALIDATION_BATCHES = 8
+"""Batches of held-out images, whose noise and noise levels are the same each time."""
 
 
 class _Run:
@@ -196,13 +236,17 @@ class _Run:
 
     def __init__(
         self,
-        sources: Sequence[tuple[Batches, float]],
+        sources: Sequence[_Loss],
         parameters: Mapping[str, nn.Parameter],
         accelerator: Accelerator,
         config: TrainingConfig,
         folder: Path | None,
         about: Mapping[str, Any],
+        validation: Batches | None,
+        modules: Sequence[nn.Module],
     ) -> None:
+        self._validation, self._modules = validation, modules
+        self.validation_losses: dict[int, float] = {}
         self._about: dict[str, Any] = json.loads(json.dumps(about, default=sorted))  # as a file has it; sets are sorted
         self._newest_file: Path | None = None
         self._sources, self._parameters, self._accelerator, self._config = sources, parameters, accelerator, config
@@ -239,6 +283,7 @@ class _Run:
                 rate = float(self._schedule.get_last_lr()[0])
                 stop = self._step(interrupted())
                 self.seconds = time.monotonic() - began
+                self._validate()
                 if self._due() or stop:
                     self._save()
                 if on_step is not None:
@@ -248,6 +293,21 @@ class _Run:
                     raise TrainingInterrupted(len(self.losses), self._newest_file)
         self._check_finite()
         self._end_as_averages()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Compute the loss of the held-out images, without dropout, where it is due."""
+        done = len(self.losses)
+        if self._validation is None or (
+            done % self._config.validation_loss_steps and done != self._config.max_train_steps
+        ):
+            return
+        with self._averaged_meanwhile(), modes_kept(self._modules):
+            for module in self._modules:
+                module.eval()
+            total = sum(float(self._validation.loss(number)) for number in range(VALIDATION_BATCHES))
+        mean = torch.tensor(total / VALIDATION_BATCHES, device=self._accelerator.device)
+        self.validation_losses[done] = float(self._accelerator.reduce(mean, "mean"))
 
     def _end_as_averages(self) -> None:
         if self._ema is not None:
@@ -290,11 +350,11 @@ class _Run:
         """Add up the gradients of the mean loss over a step's batches; that loss, and whether to stop."""
         passes, total = self._config.gradient_accumulation_steps, 0.0
         for number in self._numbers(step):
-            for source, weight in self._sources:
+            for part in self._sources:
                 # Dropout draws from here, anew in each process.
                 purpose = ("dropout", number, self._accelerator.process_index)
                 torch.manual_seed(seed_for(self._config.seed, *purpose))
-                loss = source.loss(number) * (weight / passes)
+                loss = part.of(number) * (part.weight / passes)
                 self._accelerator.backward(loss)
                 total += float(loss.detach())
         return self._averaged(total, interrupted)
@@ -326,6 +386,7 @@ class _Run:
             rate,
             self.seconds,
             (done - self.started_at) * per_step / self.seconds,
+            self.validation_losses.get(done),
             self._averaged_meanwhile,
         )
 
@@ -350,7 +411,8 @@ class _Run:
         state = {
             "step": len(self.losses),
             "config": {**self._about, **dict(self._config)},
-            "images": [source.marks for source, _ in self._sources],
+            "images": [part.batches.marks for part in self._sources],
+            "validation": self.validation_losses,
             "processes": self._accelerator.num_processes,
             "optimizer": values,
             "schedule": self._schedule.state_dict(),
@@ -385,6 +447,7 @@ class _Run:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(found.values["scaler"])
         self.losses = found.tensors["losses"].tolist()
+        self.validation_losses = {int(step): loss for step, loss in found.values.get("validation", {}).items()}
         self.started_at, self._newest_file = found.step, found.path
         if (
             self._config.lr_scheduler not in STEADY
@@ -408,7 +471,7 @@ class _Run:
         }
         if shapes != saved:
             problems.append("other parameters are trained")
-        if found.values["images"] != [source.marks for source, _ in self._sources]:
+        if found.values["images"] != [part.batches.marks for part in self._sources]:
             problems.append("the images or their prompts are others")
         if found.values["processes"] != self._accelerator.num_processes:
             problems.append(f"there were {found.values['processes']} processes")
@@ -424,7 +487,7 @@ class _Run:
 
     def _not_finite(self, step: int, loss: float) -> None:
         what = f"The loss became {loss}" if not math.isfinite(loss) else "A gradient is not a finite number"
-        each = (source.sources(number) for number in self._numbers(step) for source, _ in self._sources)
+        each = (part.batches.sources(number) for number in self._numbers(step) for part in self._sources)
         files = ", ".join(dict.fromkeys(name for names in each for name in names))
         skipped = len(self.losses) - max((i + 1 for i, one in enumerate(self.losses) if math.isfinite(one)), default=0)
         if self._config.on_non_finite == "stop" or skipped + 1 >= MOST_SKIPPED:

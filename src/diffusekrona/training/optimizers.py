@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingConfigError
+from ..errors import CheckpointError, TrainingConfigError
 from .config import ENCODER_RATES, TrainingConfig
+from .optimizer_names import OptimizerKind
 
 
 def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -18,25 +20,37 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], config: TrainingConfig)
 
     Args:
         parameters: by name; a text encoder's starts with `text_encoder`, and B's ends in `krona_B` or `lora_B`.
-        config: optimizer, learning rates, betas, decay.
+        config: optimizer and its arguments, learning rates.
 
     Raises:
-        TrainingConfigError: it needs a package that is not installed, or a learning rate is of nothing.
+        TrainingConfigError: it needs a package that is not installed, does not take an argument, or a learning rate is
+            of nothing.
     """
+    kind = OptimizerKind(config.optimizer)
+    arguments = {"lr": config.learning_rate, **kind.arguments(config)}
     groups = _groups(parameters, config)
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.optimizer == "adamw8bit":
-        return _adamw8bit(groups, options)
-    if config.optimizer == "prodigy":
-        return _prodigy(groups, options)
-    # An adapter is hundreds of small tensors, and one fused call is quicker than a dozen for each of them.
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
-    return torch.optim.AdamW(groups, fused=fused, **options)
+    if kind.build.__name__ == "Prodigy" and len({group["lr"] for group in groups}) > 1:
+        raise TrainingConfigError(
+            "optimizer 'prodigy' finds one learning rate for all: leave those of text encoders and of B out."
+        )
+    if kind.build is torch.optim.AdamW and not {"foreach", "capturable"} & arguments.keys():
+        # An adapter is hundreds of small tensors, and one fused call is quicker than a dozen for each of them.
+        arguments["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+    if kind.has_muon_groups:
+        groups = [part for group in groups for part in _matrices_and_others(group)]
+    try:
+        return kind.build(groups, **arguments)
+    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise TrainingConfigError(
+            f"optimizer {config.optimizer!r} cannot be made with optimizer_args {config.optimizer_args}: {error}"
+        ) from error
+
+
+def _matrices_and_others(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A group in two for Muon, which is for matrices, and takes Adam's step on the others."""
+    for muon in (True, False):
+        if params := [parameter for parameter in group["params"] if (parameter.dim() == 2) is muon]:
+            yield {**group, "params": params, "use_muon": muon}
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
@@ -68,61 +82,66 @@ def _is_b(name: str) -> bool:
     return bool(re.search(r"\.(krona|lora)_B[12]?(\.|$)", name))
 
 
-def _adamw8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError as error:
-        raise TrainingConfigError("optimizer 'adamw8bit' needs bitsandbytes: pip install bitsandbytes.") from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    return optimizer
-
-
-def _prodigy(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    try:
-        from prodigyopt import Prodigy
-    except ImportError as error:
-        raise TrainingConfigError("optimizer 'prodigy' needs prodigyopt: pip install prodigyopt.") from error
-    if len({group["lr"] for group in groups}) > 1:
-        raise TrainingConfigError(
-            "optimizer 'prodigy' finds one learning rate for all: leave those of text encoders and of B out."
-        )
-    optimizer: torch.optim.Optimizer = Prodigy(groups, **options)
-    return optimizer
-
-
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and what else there is of it as values for JSON."""
-    state = optimizer.state_dict()
+    """An optimizer's state as named tensors, and what else there is of it as values for JSON.
+
+    Raises:
+        CheckpointError: it holds something that is neither.
+    """
     tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
-    for path, value in _leaves(state["state"]):
-        if isinstance(value, Tensor):
-            # bitsandbytes shares its tables between parameters, and a file's tensors share nothing.
-            tensors["/".join(path)] = value.clone()
-        else:
-            values["state"]["/".join(path)] = value
-    return tensors, values
+    return tensors, {"state": _told(optimizer.state_dict(), (), tensors)}
 
 
-def _leaves(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of dictionaries in dictionaries; bitsandbytes keeps its tensors two deep."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value
+def _told(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """A value for JSON that `_meant` makes the same again; its tensors are put into `tensors` by their paths."""
+    if isinstance(value, Tensor):
+        # bitsandbytes shares its tables between parameters, and a file's tensors share nothing. Of a matrix that lies
+        # in memory by its columns, as linear algebra leaves it, later products are rounded otherwise than by rows.
+        order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
+        tensors["/".join(path)] = value.detach().permute(order).clone(memory_format=torch.contiguous_format)
+        return {"tensor": ["/".join(path), order]}
+    if isinstance(value, Mapping):  # whose keys may be numbers, which JSON's are not
+        return {"map": [[key, _told(one, (*path, str(key)), tensors)] for key, one in value.items()]}
+    if isinstance(value, deque):
+        return {"deque": [value.maxlen, _told(list(value), path, tensors)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    for kind, type_ in _SEQUENCES.items():
+        if isinstance(value, type_):
+            return {kind: [_told(one, (*path, str(i)), tensors) for i, one in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(
+        f"The optimizer's {'/'.join(path)} is a {type(value).__name__}, which a checkpoint cannot hold: train with "
+        "another optimizer."
+    )
+
+
+_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple}
+
+
+def _meant(told: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(told, dict):
+        return told
+    ((kind, value),) = told.items()
+    if kind == "tensor":
+        name, order = value
+        return tensors[name].permute([order.index(axis) for axis in range(len(order))])
+    if kind == "map":
+        return {key: _meant(one, tensors) for key, one in value}
+    if kind == "deque":
+        return deque(_meant(value[1], tensors), maxlen=value[0])
+    if kind == "dtype":
+        return getattr(torch, value)
+    return _SEQUENCES[kind](_meant(one, tensors) for one in value)
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
     """Give an optimizer of the same parameters the state that `optimizer_state` took."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**values["state"], **tensors}.items():
-        number, *parents, key = name.split("/")
-        entries = state.setdefault(int(number), {})
-        for parent in parents:
-            entries = entries.setdefault(parent, {})
-        entries[key] = value
-    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in values["groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    state = _meant(values["state"], tensors)
+    for group in state["param_groups"]:  # whose tensors PyTorch leaves where they are
+        device = optimizer.param_groups[0]["params"][0].device
+        group |= {name: value.to(device) for name, value in group.items() if isinstance(value, Tensor)}
+    optimizer.load_state_dict(state)

@@ -57,6 +57,11 @@ class Output:
         """The adapter as it was after a step."""
         return self.folder / "steps" / f"{self.whole.stem}-step{step:08d}.safetensors"
 
+    @property
+    def step_files(self) -> list[Path]:
+        """The adapters of saved steps, in their order."""
+        return sorted((self.folder / "steps").glob("*-step*.safetensors"))
+
     def make_room(self) -> None:
         """Fail before the training, not after it, where the adapter could not be saved or would replace something.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,9 +25,11 @@ from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
 from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
 from .batches import text_encoders
-from .config import TrainingConfig
+from .config import ENCODER_RATES, TrainingConfig
 from .dreambooth import training_resolution
 from .families import family_of
+from .optimizer_names import check_optimizer
+from .optimizers import optimizer_of, optimizer_state
 from .run import image_plan, training_images
 from .settings import Settings
 
@@ -58,8 +62,8 @@ class SavedTensors:
         return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
 
-MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
-"""Bytes of an optimizer's state for each parameter."""
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "prodigy": 16}
+"""Bytes of an optimizer's state for each parameter; those of others are measured."""
 
 T5_TOKENS = 256
 """Of a prompt, as Stable Diffusion 3's pipeline takes it."""
@@ -125,6 +129,7 @@ def plan(settings: Settings) -> Plan:
         KronAError: the base has no configuration that can be read, or the images or the adapter do not suit it.
     """
     training = settings.training
+    check_optimizer(training)
     folder = base_configs(settings.data.pretrained_model_name_or_path)
     index = _index(folder)
     scheduler = _configured(folder / "scheduler", index.get("scheduler"))  # which computes with numbers as it is made
@@ -142,8 +147,10 @@ def plan(settings: Settings) -> Plan:
         activations = _activation_bytes(trained, partial(_forward, pipe, training, side, texts), training)
         idle = [module for module in (pipe.vae, *encoders) if module not in trained]
         weights, others = _bytes(trained), _bytes(idle)
+    training = training.in_steps(len(images), 1)
     parameters = sum(p.numel() for p in krona.parameters())
-    per_parameter = 8 + MOMENTS[training.optimizer] + (4 if training.ema_decay is not None else 0)
+    per_parameter = 8 + (4 if training.ema_decay is not None else 0)
+    moments = _moment_bytes([tuple(p.shape) for p in krona.parameters()], training)
     per_step = training.train_batch_size * training.gradient_accumulation_steps
     return Plan(
         parameters=parameters,
@@ -153,9 +160,24 @@ def plan(settings: Settings) -> Plan:
         epochs=training.max_train_steps * per_step / len(images),
         encoders=0 if training.cache == "none" else others,
         weights=weights + (others if training.cache == "none" else 0),
-        state=parameters * per_parameter,
+        state=parameters * per_parameter + moments,
         activations=activations,
     )
+
+
+def _moment_bytes(shapes: Sequence[tuple[int, ...]], training: TrainingConfig) -> int:
+    """Of the optimizer's state: as `MOMENTS` says, or as a step on one parameter of each shape leaves."""
+    if training.optimizer in MOMENTS:
+        return MOMENTS[training.optimizer] * sum(math.prod(shape) for shape in shapes)
+    found = 0
+    for shape, count in Counter(shapes).items():
+        parameter = nn.Parameter(torch.zeros(shape))
+        config = training.replace(train_text_encoder=False, loraplus_lr_ratio=1.0, **dict.fromkeys(ENCODER_RATES))
+        optimizer = optimizer_of({"a": parameter}, config)
+        parameter.grad = torch.ones(shape)
+        optimizer.step()
+        found += count * sum(tensor.nbytes for tensor in optimizer_state(optimizer)[0].values())
+    return found
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -200,16 +222,20 @@ def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list
     family, count = family_of(pipe), training.train_batch_size
     latents = torch.empty(count, *family.latent_shape(side, side), dtype=family.dtype)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(training.mixed_precision)
+    trained = text_encoders(pipe) if training.train_text_encoder else []
+    most = family.TOKENS[1] if family.TOKENS else T5_TOKENS
     with torch.autocast("cpu", half, enabled=half is not None):
-        hidden = [_encoded(encoder, texts) for encoder in text_encoders(pipe)] if training.train_text_encoder else []
-        example = {name: tensor.requires_grad_(bool(hidden)) for name, tensor in family.example(count).items()}
+        hidden = [_encoded(encoder, texts, most) for encoder in trained]
+        example = family.example(count)
+        for tensor in example.values():
+            tensor.requires_grad_(bool(hidden) and tensor.is_floating_point())
         levels, sizes = torch.zeros(count, dtype=torch.long), torch.empty(count, 6)
         return [family.predict(latents, levels, example, sizes), *hidden]
 
 
-def _encoded(encoder: Any, texts: int) -> Tensor:
-    """The hidden states of a text encoder for as many tokens as the families' `encode` gives it."""
-    tokens = getattr(encoder.config, "max_position_embeddings", T5_TOKENS)
+def _encoded(encoder: Any, texts: int, most: int) -> Tensor:
+    """The hidden states of a text encoder for as many tokens as a family reads, or as it has places for."""
+    tokens = min(getattr(encoder.config, "max_position_embeddings", most), most)
     hidden: Tensor = encoder(torch.zeros(texts, tokens, dtype=torch.long), output_hidden_states=True)[0]
     return hidden
 

@@ -160,6 +160,8 @@ class Trackers:
     def step(self, done: TrainingStep) -> None:
         """Write down a step."""
         values = {"loss": done.loss, "learning_rate": done.learning_rate, "images_per_second": done.images_per_second}
+        if done.validation_loss is not None:
+            values["validation_loss"] = done.validation_loss
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"train/{name}", value, done.step)

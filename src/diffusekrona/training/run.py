@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +17,19 @@ from PIL import Image
 
 from ..base import load_base
 from ..errors import TrainingInterrupted
+from ..evaluation import Encoders
 from ..report import KronAReport, krona_report
 from .data import ImagePlan, TrainingImage, load_dataset, load_folder
 from .dreambooth import train_dreambooth, training_resolution
 from .families import family_of
 from .hub import check_hub, hub_repository, push
 from .loop import TrainingResult, TrainingStep
+from .optimizer_names import check_optimizer
 from .output import Output
 from .prior import draw_class_images
 from .reports import Trackers, Validation, model_card, run_page
 from .runtime import sharding_of, this_process
+from .scores import score_adapters, scores_json, scores_rows
 from .settings import Settings, settings_text
 
 _log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ def run(
         KronAError: anything that the user can mend; see `train_dreambooth`.
         TrainingInterrupted: the user stopped it; the adapter so far is saved, too.
     """
+    check_optimizer(settings.training)
     output = Output(settings)
     output.make_room()
     repository = hub_repository(settings.output)
@@ -71,8 +75,12 @@ def run(
     done = _train(settings, output, on_step, on_class_image)
     gc.collect()  # the base, whose parts know each other, goes out of memory before anything is drawn
     if this_process().is_main_process:
+        rows: Mapping[str, str] = {}
+        if settings.output.score:
+            with _no_matter("The adapters could not be scored"):
+                rows = _scored(settings, output, done)
         with _no_matter("The report could not be written"):
-            _tell(settings, output, done)
+            _tell(settings, output, done, rows)
         if repository is not None:
             with _no_matter(f"The adapter is in {output.path}, but could not be pushed to {repository}"):
                 push(output.path, repository)
@@ -125,6 +133,8 @@ def _train(
             settings.training,
             adapter,
             class_images=others,
+            held_out=held_out_images(settings, plan),
+            init_from=data.init_from,
             on_step=after,
             folder=output.folder,
             resume=settings.output.resume,
@@ -206,7 +216,28 @@ class _Observers:
                 self._trackers.close()
 
 
-def _tell(settings: Settings, output: Output, done: _Done) -> None:
+def _scored(settings: Settings, output: Output, done: _Done) -> Mapping[str, str]:
+    """Score the adapters of saved steps and the last one; a row for each of the report's table."""
+    chosen, device = settings.output, this_process().device
+    encoders = Encoders(chosen.clip, chosen.dino, device=device)
+    pipe = load_base(settings.data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
+    found = score_adapters(
+        pipe,
+        [*output.step_files, done.saved[0]],
+        chosen.validation_prompt,
+        [image.image for image in training_images(settings, plan.replace(repeats=1))],
+        encoders,
+        seed=settings.training.seed,
+        steps=chosen.validation_inference_steps,
+        guidance_scale=chosen.validation_guidance_scale,
+    )
+    output.write({output.folder / "scores.json": scores_json(found)})
+    return scores_rows(found)
+
+
+def _tell(settings: Settings, output: Output, done: _Done, scores: Mapping[str, str]) -> None:
     """Write the run's page, and in a folder a model card."""
     data, result = settings.data, done.result
     facts = {
@@ -214,9 +245,12 @@ def _tell(settings: Settings, output: Output, done: _Done) -> None:
         "steps": f"{result.steps} on {result.images} images, {result.seconds:.0f} s",
         "final loss": f"{result.final_loss:.4f}",
     }
+    if losses := result.validation_losses:
+        best = min(losses, key=lambda step: losses[step])
+        facts["validation loss"] = f"{losses[result.steps]:.4f}; the least, {losses[best]:.4f}, after step {best}"
     prompt = data.instance_prompt or "the subject"
     sheet = output.folder / "validation" / "sheet.png"
-    page = run_page(prompt, train_command(output.folder), facts, settings.flat(), result.losses, sheet)
+    page = run_page(prompt, train_command(output.folder), {**facts, **scores}, settings.flat(), result.losses, sheet)
     files = {output.page: page}
     if output.card is not None:
         base, names = data.pretrained_model_name_or_path, [path.name for path in done.saved[1:]]
@@ -246,11 +280,25 @@ def training_images(settings: Settings, plan: ImagePlan) -> list[TrainingImage]:
     else:
         assert data.dataset_dir is not None
         found = load_dataset(data.dataset_dir, data.instance_prompt, plan, data.image_column, data.caption_column)
-    trigger = (data.trigger_word or "").strip()
+    return _with_trigger(found, data.trigger_word)
+
+
+def held_out_images(settings: Settings, plan: ImagePlan) -> list[TrainingImage]:
+    """The images that are not trained on; none where there is no folder of them."""
+    data = settings.data
+    if data.validation_data_dir is None:
+        return []
+    found = load_folder(data.validation_data_dir, data.instance_prompt, plan, data.caption_column)
+    return _with_trigger(found, data.trigger_word)
+
+
+def _with_trigger(images: list[TrainingImage], word: str | None) -> list[TrainingImage]:
+    """Images with a word before each prompt that does not have it."""
+    trigger = (word or "").strip()
     if not trigger:
-        return found
+        return images
     return [
-        image if trigger in image.prompt else replace(image, prompt=f"{trigger}, {image.prompt}") for image in found
+        image if trigger in image.prompt else replace(image, prompt=f"{trigger}, {image.prompt}") for image in images
     ]
 
 

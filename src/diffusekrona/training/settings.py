@@ -11,9 +11,11 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 from pydantic.fields import FieldInfo
 
 from ..errors import TrainingConfigError
+from ..evaluation import CLIP, DINO
 from ..schema import FilePath, SettingsModel, read_mapping, short_name, unknown
 from ..tuner.fields import FIELDS, Init
 from .config import ImageSettings, TrainingConfig, TrainingSettings
+from .script_names import MEANT, answer, translated
 
 if TYPE_CHECKING:
     from ..tuner.config import KronAConfig
@@ -42,6 +44,11 @@ class DataSettings(TrainingSettings):
     caption_column: str = "text"
     """Name of the dataset's column of prompts, which are used unless instance_prompt is given; or of the prompts in a
     folder's metadata.jsonl or metadata.csv."""
+    validation_data_dir: FilePath | None = None
+    """Folder of images of the subject that are not trained on. Their loss, over noise that is the same each time, can
+    be compared between steps."""
+    init_from: FilePath | None = None
+    """Saved adapter, of the same layers and factors, that the training begins with, such as one of other images."""
     trigger_word: str | None = None
     """Word that is put before every prompt that does not have it, such as "sks"."""
     instance_prompt: str | None = Field(default=None, json_schema_extra={"short": "prompt"})
@@ -146,10 +153,23 @@ class OutputSettings(TrainingSettings):
     """Where the progress is written: "tensorboard" for files in the run's folder, "wandb" for Weights & Biases, too."""
     save_every: int | None = Field(default=None, ge=1)
     """Number of optimizer steps after which the adapter is saved each time, as a file in the run's folder `steps`."""
+    score: bool = False
+    """Score each saved adapter at the end by pictures of the validation prompts, as the command evaluate does, and mark
+    the best one in the report."""
+    clip: str = CLIP
+    """Encoder for CLIP-I and CLIP-T of score: a folder, a hub id, or hub-id@revision."""
+    dino: str = DINO
+    """Encoder for DINO of score: a folder, a hub id, or hub-id@revision."""
     push_to_hub: bool = False
     """Push the adapter to the Hugging Face hub at the end."""
     hub_model_id: str | None = None
     """Repository of yours on the hub, such as "me/my-dog"; by default it is called as the output."""
+
+    @model_validator(mode="after")
+    def _check_score(self) -> OutputSettings:
+        if self.score and not self.validation_prompt:
+            raise TrainingConfigError("score needs pictures to look at: give validation_prompt.")
+        return self
 
     @property
     def run_folder(self) -> Path:
@@ -184,10 +204,10 @@ class Settings(TrainingSettings):
         Raises:
             TrainingConfigError: a name is unknown, something has to be given, or a value cannot be used.
         """
-        strange = [name for name in values if name not in NAMES]
+        strange = [name for name in values if name not in NAMES and name not in MEANT]
         if strange:
-            raise TrainingConfigError(" ".join(unknown(name, NAMES) for name in strange))
-        given = {name: value for name, value in values.items() if value is not None}
+            raise TrainingConfigError(" ".join(f"{unknown(name, NAMES)}{answer(name)}" for name in strange))
+        given = {name: value for name, value in translated(values).items() if value is not None}
         groups: dict[str, Any] = {
             group.name: {name: given[name] for name in group.fields if name in given} for group in GROUPS
         }

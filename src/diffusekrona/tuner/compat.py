@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -214,3 +214,19 @@ def parsed_expression(text: str) -> Any:
         re.error, OverflowError, RecursionError: it is none.
     """
     return _expressions.parse(text)
+
+
+@contextmanager
+def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+    """Let PEFT's layers be their base layers for a while.
+
+    Their own `enable_adapters` also takes the factors out of the training.
+    """
+    before = [(layer, layer._disable_adapters) for layer in layers]
+    for layer, _ in before:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in before:
+            layer._disable_adapters = disabled

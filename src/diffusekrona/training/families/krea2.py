@@ -9,6 +9,8 @@ from .family import Family, packed, scheduled_shift, unpacked
 
 TOKENS = 512
 """Of each prompt, padded and with what follows it in the template."""
+END = 5
+"""Of them, what follows."""
 DISTILLED_SHIFT = 1.15
 """Logarithm of the shift with which distilled models draw images of every size."""
 
@@ -20,6 +22,7 @@ class Krea2(Family):
     DENOISER = "Krea2Transformer2DModel"
     PATCH = 2
     VIDEO = True
+    TOKENS = ("tokenizer", TOKENS - END)
 
     @property
     def resolution(self) -> int:

@@ -15,6 +15,7 @@ class PixArt(Family):
 
     NAME = "PixArt-α and PixArt-Σ"
     DENOISER = "PixArtTransformer2DModel"
+    TOKENS = ("tokenizer", 300)  # of Σ; α reads 120
 
     @property
     def _tokens(self) -> int:

@@ -25,6 +25,7 @@ class QwenImage(Family):
     DENOISER = "QwenImageTransformer2DModel"
     PATCH = 2
     VIDEO = True
+    TOKENS = ("tokenizer", TOKENS)
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

@@ -24,6 +24,7 @@ class Sana(Family):
 
     NAME = "SANA"
     DENOISER = "SanaTransformer2DModel"
+    TOKENS = ("tokenizer", TOKENS - 1)  # the end of the instruction is one of them
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

@@ -24,6 +24,7 @@ class Wan(Family):
     NAME = "Wan 2.1 and 2.2"
     DENOISER = "WanTransformer3DModel"
     VIDEO = True
+    TOKENS = ("tokenizer", TOKENS)
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
