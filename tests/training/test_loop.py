@@ -372,7 +372,7 @@ def test_recomputing_activations_changes_no_bit_and_is_over_afterwards(build):
 @OPTIMIZERS
 def test_each_optimizer_learns(optimizer):
     need(optimizer)
-    rate = 1.0 if optimizer == "prodigy" else 2e-2
+    rate = {"prodigy": 1.0, "SGD": 100.0}.get(optimizer, 2e-2)
     still = TrainingConfig(max_train_steps=4, learning_rate=1e-30, adam_weight_decay=0, seed=1, train_batch_size=4)
     pipe, factors = adapted()
     before = train(pipe, factors, still).losses

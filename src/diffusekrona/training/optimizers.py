@@ -97,7 +97,8 @@ def _told(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         # bitsandbytes shares its tables between parameters, and a file's tensors share nothing. Of a matrix that lies
         # in memory by its columns, as linear algebra leaves it, later products are rounded otherwise than by rows.
-        order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
+        strides = value.stride()
+        order = sorted(range(value.dim()), key=lambda axis: -strides[axis])
         tensors["/".join(path)] = value.detach().permute(order).clone(memory_format=torch.contiguous_format)
         return {"tensor": ["/".join(path), order]}
     if isinstance(value, Mapping):  # whose keys may be numbers, which JSON's are not
@@ -106,18 +107,15 @@ def _told(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
         return {"deque": [value.maxlen, _told(list(value), path, tensors)]}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
-    for kind, type_ in _SEQUENCES.items():
-        if isinstance(value, type_):
-            return {kind: [_told(one, (*path, str(i)), tensors) for i, one in enumerate(value)]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_told(one, (*path, str(i)), tensors) for i, one in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(
         f"The optimizer's {'/'.join(path)} is a {type(value).__name__}, which a checkpoint cannot hold: train with "
         "another optimizer."
     )
-
-
-_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple}
 
 
 def _meant(told: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -133,7 +131,8 @@ def _meant(told: Any, tensors: Mapping[str, Tensor]) -> Any:
         return deque(_meant(value[1], tensors), maxlen=value[0])
     if kind == "dtype":
         return getattr(torch, value)
-    return _SEQUENCES[kind](_meant(one, tensors) for one in value)
+    items = [_meant(one, tensors) for one in value]
+    return items if kind == "list" else tuple(items)
 
 
 def restore_optimizer(
