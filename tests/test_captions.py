@@ -49,7 +49,7 @@ def test_an_image_may_have_its_caption_in_its_own_file_and_the_others_in_a_table
     assert read_prompts(folder) == {"a.png": "meta", "b.jpg": "my own", "c.png": "meta"}
 
 
-@pytest.mark.parametrize("file", ["a.txt", "a.TXT", "a.caption", "a.png.txt", "a.png.caption"])
+@pytest.mark.parametrize("file", ["a.txt", "a.TXT", "A.TXT", "a.caption", "a.png.txt", "a.png.caption"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_caption_beside_its_image_is_found_by_each_name_and_in_each_encoding(
     folder: Path, file: str, encoding: str
@@ -58,6 +58,12 @@ def test_a_caption_beside_its_image_is_found_by_each_name_and_in_each_encoding(
     found = read_captions(folder, ["a.png", "b.jpg"])
     assert found.by_name == {"a.png": "a sks Bär, on a table"}
     assert found.files == [folder / file]
+
+
+def test_capitals_tell_files_apart_where_there_are_both(folder: Path) -> None:
+    Image.new("RGB", (4, 4)).save(folder / "A.png")
+    (folder / "a.txt").write_text("small")
+    assert read_captions(folder, ["A.png", "a.png"]).by_name == {"a.png": "small"}
 
 
 def test_two_captions_that_differ_are_an_error_and_two_that_are_equal_none(folder: Path) -> None:

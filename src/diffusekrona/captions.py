@@ -114,17 +114,18 @@ def write_metadata(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def _files_beside(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
-    """The text files beside each image, by the image's file name; the suffix may be in capitals."""
+    """The text files beside each image, by the image's file name; some systems take capitals for small letters."""
     texts = {
         path.name: path
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in CAPTION_SUFFIXES and path.name not in TABLES and not path.name.startswith(".")
     }
     found: dict[str, list[Path]] = {}
-    for name in names:
-        beside = [path for text, path in texts.items() if Path(text).stem in (name, Path(name).stem)]
-        if beside:
-            found[name] = beside
+    for text, path in texts.items():
+        stem = Path(text).stem
+        exactly = [name for name in names if stem in (name, Path(name).stem)]
+        for name in exactly or [name for name in names if stem.lower() in (name.lower(), Path(name).stem.lower())]:
+            found.setdefault(name, []).append(path)
     return found
 
 

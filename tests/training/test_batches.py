@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusekrona.training import ImagePlan, TrainingConfig, prepare_images
+from diffusekrona.training import ImagePlan, TrainingConfig, TrainingConfigError, prepare_images
 from diffusekrona.training.batches import Batches, free_encoders, text_encoders
 from diffusekrona.training.families import family_of
 from tests.pipelines import IMAGE_SIZE, tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -210,6 +210,12 @@ def test_the_pseudo_huber_loss_is_quadratic_for_small_errors_and_linear_for_larg
 def test_noise_levels_are_drawn_as_the_settings_say(options, least, most):
     _, times = heard(PIPE, batches(CONFIG.replace(**options)), range(3))
     assert least <= float(times.float().mean()) / 1000 <= most
+
+
+def test_a_logit_normal_distributions_numbers_are_not_dropped_in_silence():
+    for options in ({"logit_mean": 1.0}, {"logit_std": 0.5, "timestep_sampling": "mode"}):
+        with pytest.raises(TrainingConfigError, match="used only with timestep_sampling: logit_normal"):
+            batches(CONFIG.replace(**options))
 
 
 def test_a_larger_image_of_a_base_without_a_shift_gets_more_noise_by_size():

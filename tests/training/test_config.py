@@ -122,3 +122,20 @@ def test_a_learning_rate_of_text_encoders_that_are_not_trained_is_refused():
         TrainingConfig(text_encoder_lr=1e-4)
     with pytest.raises(TrainingConfigError, match="text_encoder_2_lr is given, but"):
         TrainingConfig(text_encoder_2_lr=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "used"),
+    [
+        ({"huber_c": 0.2}, {"loss_type": "huber"}),
+        ({"keep_tags": 2}, {"shuffle_tags": True}),
+        ({"lr_num_cycles": 3}, {"lr_scheduler": "cosine_with_restarts"}),
+        ({"lr_power": 2.0}, {"lr_scheduler": "polynomial"}),
+        ({"mode_scale": 0.5}, {"timestep_sampling": "mode"}),
+    ],
+    ids=str,
+)
+def test_what_would_not_be_used_is_not_dropped_in_silence(values, used):
+    with pytest.raises(TrainingConfigError, match=r"is given, but it is used only with \w+: "):
+        TrainingConfig(**values)
+    assert TrainingConfig(**values, **used)

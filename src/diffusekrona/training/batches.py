@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from ..errors import TrainingConfigError
 from ..tuner.components import forget
 from .config import TrainingConfig
 from .data import Size, TrainingImage
@@ -93,6 +94,12 @@ class Batches:
         self._objective = objective_of(
             pipe.scheduler, device, snr_gamma=config.snr_gamma, weighting=config.loss_weighting
         )
+        self._sampling = config.timestep_sampling or self._objective.sampling
+        if self._sampling != "logit_normal" and (config.logit_mean, config.logit_std) != (0.0, 1.0):
+            raise TrainingConfigError(
+                "logit_mean and logit_std are used only with timestep_sampling: logit_normal, and it is "
+                f"{self._sampling} for this base. Set that, or leave them out."
+            )
         kinds = [image.image.size for image in images]
         self._order = Order(kinds, config.train_batch_size * accelerator.num_processes, config.seed, name)
         self._latents = LatentPosteriors(
@@ -187,7 +194,7 @@ class Batches:
         """A random noise level for an image of that size."""
         config, family = self._config, self._family
         place = draw_place(
-            config.timestep_sampling or self._objective.sampling,
+            self._sampling,
             generator,
             mean=config.logit_mean,
             std=config.logit_std,

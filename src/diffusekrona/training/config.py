@@ -24,6 +24,16 @@ ENCODER_RATES = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_3_lr")
 """Learning rates of the text encoders, by their names in a pipeline."""
 
 
+_USED_BY: dict[str, tuple[str, object]] = {
+    "huber_c": ("loss_type", "huber"),
+    "keep_tags": ("shuffle_tags", True),
+    "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts"),
+    "lr_power": ("lr_scheduler", "polynomial"),
+    "mode_scale": ("timestep_sampling", "mode"),
+}
+"""Settings that have a meaning only where another one has a certain value."""
+
+
 class TrainingSettings(SettingsModel):
     """A group of a run's settings; those that no run could use are a `TrainingConfigError`."""
 
@@ -172,6 +182,16 @@ class TrainingConfig(TrainingSettings):
                 f"lr_warmup_steps ({self.lr_warmup_steps}) must be below max_train_steps ({self.max_train_steps}), "
                 "or the learning rate never reaches its value."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_used(self) -> TrainingConfig:
+        for name, (other, value) in _USED_BY.items():
+            if getattr(self, name) != type(self).model_fields[name].default and getattr(self, other) != value:
+                raise TrainingConfigError(
+                    f"{name} is given, but it is used only with {other}: {str(value).lower()}. "
+                    "Set that, or leave it out."
+                )
         return self
 
     @model_validator(mode="after")
