@@ -14,6 +14,7 @@ from .compat import ADAPTED, BaseTunerLayer, ModulesToSaveWrapper
 from .config import KronAConfig
 from .layer import KronALayer, layers_beneath
 from .names import unwrapped_name
+from .parts import give_parts_back
 from .projections import leave_fused
 
 
@@ -130,6 +131,7 @@ def remove_leftovers(model: nn.Module) -> None:
                 layer.fused_rows.remove()
             model.set_submodule(name, layer.base_layer)
     leave_fused(model)
+    give_parts_back(model)
     if not configs:
         for attribute in ("peft_config", ADAPTED):
             vars(model).pop(attribute, None)

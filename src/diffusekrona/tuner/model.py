@@ -14,6 +14,7 @@ from .config import KronAConfig, KronAPeftType
 from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
 from .layer import KronAConv2d, KronALayer, KronALinear, krona_layer_in
 from .names import FACTORS, PREFIX, factor_name, layer_of, unwrapped_name
+from .parts import give_parts_base_names
 from .projections import bring_to_fused
 from .targets import layer_alpha, layer_factors, layer_terms, settle_targets
 from .weighted import Combination, weighted_sum
@@ -80,6 +81,7 @@ class KronAModel(BaseTuner):
             settle_targets(config, model, None if state_dict is None else {layer_of(key) for key in state_dict})
             yield
             bring_to_fused(model)
+            give_parts_base_names(model)
 
     @staticmethod
     def check_mergeable(model: nn.Module, adapter_names: list[str] | None = None) -> None:
