@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 from torch import nn
@@ -26,7 +25,8 @@ class _Before:
     """Whether it held other methods' adapters."""
 
 
-_before: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()
+_BEFORE = "_before_krona"
+"""The attribute of a module that keeps this, so that a copy of the module has its own."""
 
 
 def is_pipeline(model: Any) -> bool:
@@ -119,10 +119,10 @@ def named_adapter(components: dict[str, nn.Module], adapter_name: str | None) ->
 
 def remember(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Note what modules are before our first adapter, for `restore`. Returns those not noted already."""
-    new = [module for module in modules if module not in _before]
+    new = [module for module in modules if _BEFORE not in vars(module)]
     for module in new:
         trainable = [p for p in module.parameters() if p.requires_grad]
-        _before[module] = _Before(trainable, bool(getattr(module, "peft_config", None)))
+        vars(module)[_BEFORE] = _Before(trainable, bool(getattr(module, "peft_config", None)))
     return new
 
 
@@ -132,7 +132,7 @@ def restore(modules: Iterable[nn.Module]) -> None:
     A module that got another method's adapter meanwhile stays frozen: that adapter would have frozen it.
     """
     for module in modules:
-        before = _before.pop(module, None)
+        before: _Before | None = vars(module).pop(_BEFORE, None)
         if before is None or (getattr(module, "peft_config", None) and not before.adapted):
             continue
         for parameter in before.trainable:
@@ -142,7 +142,7 @@ def restore(modules: Iterable[nn.Module]) -> None:
 def forget(modules: Iterable[nn.Module]) -> None:
     """Drop what `remember` noted."""
     for module in modules:
-        _before.pop(module, None)
+        vars(module).pop(_BEFORE, None)
 
 
 def mark_adapted(component: nn.Module) -> None:

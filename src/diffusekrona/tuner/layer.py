@@ -86,6 +86,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self._before_zero: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.layout: dict[str, Layout] = {}
         self.merged_adapters: list[str] = []
@@ -141,6 +142,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
             MergeError: as in `unmerge`.
         """
         self.unmerge([adapter_name])
+        self._before_zero.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def shapes(self, adapter_name: str) -> UpdateShapes:
@@ -271,19 +273,24 @@ class KronALayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make `scale` times alpha the scale of one adapter, if this layer has it."""
         if adapter in self.alpha:
-            self.scaling[adapter] = scale * self.alpha[adapter]
+            # After a call with the scale 0, Diffusers resets to 1 what it cannot divide by 0 again.
+            kept = self._before_zero.pop(adapter, None)
+            self.scaling[adapter] = kept if kept is not None and scale == 1 else scale * self.alpha[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of every active adapter."""
+        """Multiply the scale of every active adapter. Back from 0 lead `unscale_layer` and `set_scale(name, 1)`."""
         for name in self.active_adapters:
             if name in self.scaling:
+                if scale == 0:
+                    self._before_zero.setdefault(name, self.scaling[name])
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; without an argument go back to alpha."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = self.alpha[name] if scale is None else self.scaling[name] / scale
+                kept = self._before_zero.pop(name, self.scaling[name])
+                self.scaling[name] = self.alpha[name] if scale is None else kept if scale == 0 else kept / scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the updates of the named adapters, or of the active ones, into the base weight, in place.
