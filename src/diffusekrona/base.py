@@ -12,23 +12,28 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from .errors import KronAError
+from .quantization import Quantization, after_loading, index_of, on_loading
 
 
 class BaseModelError(KronAError):
     """There is no such base model, or its folder is not a whole pipeline."""
 
 
-def load_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a pipeline of any class, on the CPU.
+def load_base(base: str | Path, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None) -> Any:
+    """Load a pipeline of any class, on the CPU; models that a GPU quantizes are on that.
 
     Args:
         base: a folder that `save_pretrained` wrote, or the id of a model on the hub, such as "owner/name".
         dtype: of the weights.
+        quantization: what to make of the linear layers.
 
     Raises:
         BaseModelError: neither a folder nor a model that the hub or its local cache has, or a broken folder.
+        QuantizationError: a package is missing.
     """
     folder = Path(base).expanduser()
+    if quantization is not None and any(quantization):
+        return _quantized(base, dtype, quantization)
     if folder.is_dir():
         return _from_folder(folder, dtype)
     if folder.is_file():
@@ -38,6 +43,18 @@ def load_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
             "StableDiffusionPipeline."
         )
     return _from_hub(str(base), folder.absolute(), dtype)
+
+
+def _quantized(base: str | Path, dtype: torch.dtype, quantization: Quantization) -> Any:
+    quantization.check()
+    options = {"quantization_config": on_loading(quantization, index_of(base_configs(base)), dtype)}
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        pipe = _from_folder(folder, dtype, **options)
+    else:
+        pipe = _from_hub(str(base), folder.absolute(), dtype, **options)
+    after_loading(quantization, pipe, dtype)
+    return pipe
 
 
 def base_configs(base: str | Path) -> Path:
@@ -84,21 +101,21 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+def _from_folder(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     if not (folder / "model_index.json").is_file():
         raise BaseModelError(
             f"The folder {folder} has no model_index.json, so it is not a pipeline. "
             "Give the folder that pipe.save_pretrained(folder) wrote."
         )
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise BaseModelError(f"The pipeline in {folder} cannot be loaded: {error}") from error
 
 
-def _from_hub(name: str, folder: Path, dtype: torch.dtype) -> Any:
+def _from_hub(name: str, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype, **options)
     except HFValidationError as error:
         raise BaseModelError(
             f"There is no base model {name!r}: no folder {folder}, and it cannot be the id of a model on the "

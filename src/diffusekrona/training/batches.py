@@ -234,6 +234,11 @@ def free_encoders(pipe: Any, config: TrainingConfig) -> None:
             setattr(pipe, name, None)
     forget(idle)  # which knows their weights
     for module in idle:
+        for part in module.modules():
+            for name, weight in part.named_parameters(recurse=False):
+                if type(weight) is not nn.Parameter:  # quantized ones cannot be moved there
+                    gone = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+                    part.register_parameter(name, gone)
         nn.Module.to(module, device="meta")  # whoever still has it, it takes no memory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -70,8 +70,14 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def fingerprint(modules: Iterable[nn.Module], settings: str = "") -> str:
     """A hash of all weights of frozen modules and of settings, by which files made with others are told apart."""
-    weights = {f"{i}.{name}": t for i, module in enumerate(modules) for name, t in module.state_dict().items()}
+    weights = {f"{i}.{name}": _plain(t) for i, module in enumerate(modules) for name, t in module.state_dict().items()}
     return digest(weights, settings)
+
+
+def _plain(weight: Any) -> Tensor:
+    """A quantized weight as the numbers that it stands for; bitsandbytes' is plain, with its scales beside it."""
+    plain: Tensor = weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
+    return plain
 
 
 View = tuple[int, bool]

@@ -23,6 +23,7 @@ from ..architectures import default_dtype
 from ..base import BaseModelError, base_configs
 from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
+from ..quantization import BYTES
 from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
 from .batches import text_encoders
 from .config import ENCODER_RATES, TrainingConfig
@@ -80,7 +81,7 @@ class Plan:
         steps_per_epoch: optimizer steps in which each image is seen once, in one process.
         epochs: how often each image is seen.
         encoders: bytes of the models that run before the first step only, none where they run in each one.
-        weights: bytes of the models that are run in each step.
+        weights: bytes of the models that are run in each step; of quantized layers, about.
         state: bytes of factors, gradients, the optimizer's state and averages.
         activations: bytes that a forward pass of the denoiser, and of text encoders that are trained, keeps for the
             backward pass, and that one recomputed block takes; somewhat too many, as the fused step is not used here.
@@ -146,7 +147,8 @@ def plan(settings: Settings) -> Plan:
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
         activations = _activation_bytes(trained, partial(_forward, pipe, training, side, texts), training)
         idle = [module for module in (pipe.vae, *encoders) if module not in trained]
-        weights, others = _bytes(trained), _bytes(idle)
+        stored = {id(part): settings.quantization.of(name) for name, part in pipe.components.items()}
+        weights, others = _bytes(trained, stored), _bytes(idle, stored)
     training = training.in_steps(len(images), 1)
     parameters = sum(p.numel() for p in krona.parameters())
     per_parameter = 8 + (4 if training.ema_decay is not None else 0)
@@ -213,8 +215,16 @@ def _configured(folder: Path, kind: Any) -> Any:
         raise BaseModelError(f"{folder} has no configuration of {kind} that can be read: {error}") from error
 
 
-def _bytes(modules: Iterable[nn.Module]) -> int:
-    return sum(p.nbytes for module in modules for p in module.parameters())
+def _bytes(modules: Iterable[nn.Module], stored: Mapping[int, str | None]) -> int:
+    """Of all weights; of linear layers that are quantized, about, in the format for the id of their model."""
+    found = 0.0
+    for module in modules:
+        kind = stored[id(module)]
+        for layer in module.modules():
+            for weight in layer.parameters(recurse=False):
+                quantized = kind is not None and type(layer) is nn.Linear and weight is layer.weight
+                found += weight.numel() * BYTES[str(kind)] if quantized else weight.nbytes
+    return round(found)
 
 
 def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list[Tensor]:

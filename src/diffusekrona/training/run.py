@@ -110,7 +110,7 @@ def _train(
     settings: Settings, output: Output, on_step: OnStep | None, on_class_image: Callable[[int, int], None] | None
 ) -> _Done:
     data, adapter = settings.data, settings.adapter.config()
-    pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype))
+    pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype), settings.quantization)
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     images = training_images(settings, plan)
@@ -220,7 +220,8 @@ def _scored(settings: Settings, output: Output, done: _Done) -> Mapping[str, str
     """Score the adapters of saved steps and the last one; a row for each of the report's table."""
     chosen, device = settings.output, this_process().device
     encoders = Encoders(chosen.clip, chosen.dino, device=device)
-    pipe = load_base(settings.data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype)).to(device)
+    base, dtype = settings.data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype)
+    pipe = load_base(base, dtype, settings.quantization).to(device)
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     found = score_adapters(

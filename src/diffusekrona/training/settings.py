@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import TrainingConfigError
 from ..evaluation import CLIP, DINO
+from ..quantization import Quantization
 from ..schema import FilePath, SettingsModel, read_mapping, short_name, unknown
 from ..tuner.fields import FIELDS, Init
 from .config import ImageSettings, TrainingConfig, TrainingSettings
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..tuner.config import KronAConfig
 
 DType = Literal["float32", "float16", "bfloat16"]
+Quantized = Literal["nf4", "int8", "fp8"]
 ReportTo = Literal["tensorboard", "wandb"]
 
 BASE_TYPES: dict[str, DType] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -34,6 +36,12 @@ class DataSettings(TrainingSettings):
     """Base model: a Diffusers pipeline's folder, or its id on the hub."""
     dtype: DType | None = None
     """Type of the frozen base; by default that of mixed_precision. The 16-bit ones take half the memory."""
+    quantize: Quantized | None = None
+    """Quantize the linear layers of the frozen denoiser on loading: "nf4" (half a byte for each weight, needs
+    bitsandbytes), "int8" or "fp8" (one byte, need torchao); by default they stay as they are."""
+    quantize_text_encoders: Quantized | None = None
+    """Quantize the linear layers of the text encoders on loading, too: "nf4", "int8" or "fp8"; by default they stay as
+    they are."""
     instance_data_dir: FilePath | None = Field(default=None, json_schema_extra={"short": "images"})
     """Folder of 3 to 5 images. A text file name.txt or name.caption beside an image holds its prompt, or metadata.jsonl
     or metadata.csv those of all; a subfolder 10_name holds images that are used 10 times as often."""
@@ -212,6 +220,11 @@ class Settings(TrainingSettings):
             group.name: {name: given[name] for name in group.fields if name in given} for group in GROUPS
         }
         return cls(**groups)
+
+    @property
+    def quantization(self) -> Quantization:
+        """Of the frozen base."""
+        return Quantization(self.data.quantize, self.data.quantize_text_encoders)
 
     @property
     def base_dtype(self) -> DType:
