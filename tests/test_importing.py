@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 
 import diffusekrona
+from diffusekrona import KronAConfig, save_krona
 
 COMMAND = Path(sys.executable).with_name("diffusekrona")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
@@ -71,6 +74,14 @@ import peft
 print(peft.PEFT_TYPE_TO_CONFIG_MAPPING["KRONA"] is KronAConfig, load_krona.__name__)
 """
     assert python("-c", program).stdout.splitlines() == ["False", "True load_krona"]
+
+
+def test_the_command_reads_our_own_files_without_anything_else_of_the_library(tmp_path: Path) -> None:
+    layer = torch.nn.ModuleDict({"to_q": torch.nn.Linear(64, 64)})
+    save_krona(get_peft_model(layer, KronAConfig(target_modules=["to_q"])), tmp_path / "adapter")
+    done = python("-m", "diffusekrona.cli", "inspect", tmp_path / "adapter")
+    assert done.returncode == 0, done.stderr
+    assert "KronA, 1 layers" in done.stdout
 
 
 @pytest.mark.parametrize(

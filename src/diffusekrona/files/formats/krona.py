@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import AdapterFileError, ConfigError
 from ...storage import TensorFile, safetensors_bytes, write_whole
+from ...tuner import model  # noqa: F401  # which enters our method in PEFT's tables, that configs are made by
 from ...tuner.config import KronAConfig, KronAPeftType
 from ...tuner.names import (
     DENOISERS,
