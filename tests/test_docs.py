@@ -23,6 +23,7 @@ from PIL import Image
 
 from diffusekrona import KronAConfig, inject_krona, save_krona
 from diffusekrona.cli import app
+from diffusekrona.training import families
 from research.study.studies import STUDIES
 from tests.pipelines import tiny_sdxl_pipeline
 
@@ -107,7 +108,7 @@ def test_modules_that_are_run_and_targets_that_are_made_exist() -> None:
             assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:]), (page, words)
 
 
-@pytest.mark.parametrize("name", ["training", "generating", "factors", "merging", "evaluation"])
+@pytest.mark.parametrize("name", ["training", "families", "generating", "factors", "merging", "evaluation"])
 def test_flags_named_in_a_task_page_exist(name: str) -> None:
     known: Any = typer.main.get_command(app)
     options = [option for command in known.commands.values() for option in command.params]
@@ -148,13 +149,14 @@ BLOCKS = [
 
 def test_every_task_has_code_that_runs() -> None:
     pages = {str(block.id).rsplit("-", 1)[0] for block in BLOCKS}
-    tasks = ("training", "generating", "sharing", "merging", "factors")
+    tasks = ("training", "families", "generating", "sharing", "merging", "factors")
     assert {"README.md", *(f"docs/{task}.md" for task in tasks)} <= pages
 
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_code_runs(code: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
+    monkeypatch.setattr(families, "_FAMILIES", [*families._FAMILIES])
     quicker = code.replace("num_inference_steps=30", "num_inference_steps=1")
     exec(compile(quicker, "page", "exec"), {"pipe": tiny_sdxl_pipeline(), "torch": torch})
 

@@ -172,7 +172,7 @@ def test_the_denoiser_and_its_type_are_found(tiny):
 
 
 def test_a_pipeline_without_a_denoiser_is_refused_by_name():
-    with pytest.raises(UnsupportedPipelineError, match=r"SimpleNamespace is none .* SDXL, .* docs/families.md"):
+    with pytest.raises(UnsupportedPipelineError, match=r"SimpleNamespace is none .* SDXL, .* page Families"):
         family_of(SimpleNamespace(vae=1, scheduler=1, tokenizer=1, text_encoder=1, encode_prompt=1))
 
 

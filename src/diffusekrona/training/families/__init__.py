@@ -69,5 +69,5 @@ def family_of(pipe: Any) -> Family:
     names = list(dict.fromkeys(family.NAME for family in known))
     raise UnsupportedPipelineError(
         f"{type(pipe).__name__} is none of the pipelines that can be trained, which are those from text to image of "
-        f"{', '.join(names[:-1])} and {names[-1]}. How to add a family is in docs/families.md."
+        f"{', '.join(names[:-1])} and {names[-1]}. The documentation's page Families shows how to add one."
     )
