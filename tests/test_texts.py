@@ -13,12 +13,14 @@ import pytest
 import torch
 import typer.main
 from accelerate.commands.launch import launch_command_parser
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel
+from prodigyopt import Prodigy
 
 import diffusekrona
 from diffusekrona import evaluation, training
 from diffusekrona.cli import app
+from diffusekrona.training.script_names import MEANT
 from diffusekrona.training.settings import NAMES
 from diffusekrona.tuner.names import DENOISERS, TEXT_ENCODERS
 
@@ -70,8 +72,9 @@ def parameters_of(public: Any) -> set[str]:
 
 
 def our_names() -> set[str]:
-    """What a user can write: public names, their arguments and methods, settings, components of pipelines."""
-    found = {*NAMES, *DENOISERS, *TEXT_ENCODERS}
+    """What a user can write: public names, their arguments and methods, settings, also by Diffusers' names, and
+    components of pipelines."""
+    found = {*NAMES, *MEANT, *DENOISERS, *TEXT_ENCODERS}
     for package in (diffusekrona, training, evaluation):
         for name in package.__all__:
             public = getattr(package, name)
@@ -81,6 +84,8 @@ def our_names() -> set[str]:
 
 
 THEIRS = {
+    "from_unet": ControlNetModel.from_unet,
+    "fuse_qkv_projections": StableDiffusionPipeline.fuse_qkv_projections,
     "from_pretrained": DiffusionPipeline.from_pretrained,
     "from_single_file": StableDiffusionPipeline.from_single_file,
     "load_textual_inversion": StableDiffusionPipeline.load_textual_inversion,
@@ -93,6 +98,8 @@ THEIR_ARGUMENTS = {
     "dtype": DiffusionPipeline.to,
     "init_lora_weights": LoraConfig,
     "path_initial_model_for_weight_conversion": PeftModel.save_pretrained,
+    "safeguard_warmup": Prodigy,
+    "use_bias_correction": Prodigy,
     "weight_decay": torch.optim.AdamW,
 }
 """Arguments of other libraries, and what takes them."""
@@ -103,12 +110,12 @@ OF_ACCELERATE = {"fsdp_version", "fsdp_reshard_after_forward", "fsdp_activation_
 IN_FILES = {
     "feedforward_modules", "file_name", "hada_w1_a", "ia3_l", "lokr_w1", "lora_up", "model_index",
     "num_cayley_neumann_terms", "oft_blocks", "on_input", "peft_config", "rs_lora", "scaled_oft", "ss_network_args",
-    "to_k", "to_v", "use_cayley_neumann",
+    "to_k", "to_q", "to_v", "use_cayley_neumann",
 }  # fmt: skip
 """Names of layers, and of what files hold: nothing that a user types."""
 
-OTHERS = {"constant_with_warmup", "save_to_disk"}
-"""A schedule, and a method of the package datasets; `tests/training/test_ways_out.py` uses both."""
+OTHERS = {"allow_tf32", "constant_with_warmup", "logit_normal", "save_to_disk"}
+"""A switch of PyTorch, a schedule, a kind of sampling, and a method of the package datasets."""
 
 KNOWN = our_names() | THEIRS.keys() | THEIR_ARGUMENTS.keys() | OF_ACCELERATE | IN_FILES | OTHERS
 
