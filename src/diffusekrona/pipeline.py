@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,7 @@ def load_krona(
     adapter_name: str = "default",
     *,
     trainable: bool = False,
+    components: Iterable[str] | None = None,
     on_unused: OnUnused = "error",
     alpha_of_whole: AlphaOfWhole = "ignored",
     revision: str | None = None,
@@ -187,6 +188,8 @@ def load_krona(
             that holds one of these.
         adapter_name: what to call it here.
         trainable: freeze everything else, as `inject_krona` does, and train on.
+        components: load just the file's parts for these, such as `["unet"]`; by default all that it holds, and one that
+            the pipeline lacks is an error.
         on_unused: "warn" to load the rest of a file that also holds what this model has no place for; by default that
             is an error.
         alpha_of_whole: "applied" for LoKr files of programs that scale two whole factors by alpha / rank, which most
@@ -197,17 +200,31 @@ def load_krona(
     Raises:
         AdapterFileError: nothing readable there, or an adapter that does not fit this model.
         AdapterNameError: the name is taken.
+        ConfigError: the model has no component of such a name.
     """
     found = adaptable_components(model)
+    wanted = _wanted(components, found)
     check_free_name(found.values(), adapter_name)
     source = resolve(path, revision=revision, token=token)
-    saved = read_adapters(source, found, Reading(on_unused, alpha_of_whole))
+    saved = read_adapters(source, found, Reading(on_unused, alpha_of_whole), wanted)
     configs = {part: copy.deepcopy(one.config) for part, one in saved.items()}
     for config in configs.values():
         config.inference_mode = not trainable
     adapter = InjectedAdapter(adapter_name, {part: found[part] for part in saved})
     _inject(model, adapter, configs, {part: one.tensors for part, one in saved.items()}, freeze=trainable)
     return adapter
+
+
+def _wanted(components: Iterable[str] | None, found: Mapping[str, nn.Module]) -> set[str] | None:
+    if components is None:
+        return None
+    wanted = {components} if isinstance(components, str) else set(components)
+    if not wanted or not wanted <= found.keys():
+        raise ConfigError(
+            f"components must be some of what this model has, {', '.join(filter(None, found)) or 'which is none'}; "
+            f"it is {sorted(wanted)}."
+        )
+    return wanted
 
 
 def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> None:

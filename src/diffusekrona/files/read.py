@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import AdapterFileError, ConfigError, FactorShapeError
 from ..storage import TensorFile, read_safetensors
 from ..tuner.compat import ModulesToSaveWrapper
-from ..tuner.names import PREFIX, factor_name, is_denoiser, layer_of
+from ..tuner.names import PREFIX, TEXT_ENCODERS, factor_name, is_denoiser, layer_of
 from ..tuner.projections import in_use
 from ..tuner.targets import layer_shapes, leave_out_ip_adapters, target_layers
 from .formats import foreign
@@ -25,9 +26,15 @@ from .layouts.names import Target, resolve
 from .parts import Piece, assembled, cut
 from .unused import STRICT, Reading, Unused
 
+_OF_ENCODER = re.compile(r"(lora_te\d?_|text_encoders?(_\d)?\.)")
+"""How the names of a text encoder's tensors begin in other programs' files."""
+
 
 def read_adapters(
-    source: Path, components: Mapping[str, nn.Module], reading: Reading = STRICT
+    source: Path,
+    components: Mapping[str, nn.Module],
+    reading: Reading = STRICT,
+    wanted: Collection[str] | None = None,
 ) -> dict[str, SavedAdapter]:
     """The KronA adapter of each component of a model that a file or folder of any program holds.
 
@@ -35,6 +42,7 @@ def read_adapters(
         source: the file or folder.
         components: the model's.
         reading: what to do about tensors that cannot be used, and where programs disagree.
+        wanted: names of components, to read just what is for these; None for all.
 
     Raises:
         AdapterFileError: it cannot be read or does not fit this model; or some update is no Kronecker product.
@@ -43,10 +51,13 @@ def read_adapters(
     ours = are_ours(files)
     unused = Unused(str(source), reading.on_unused)
     if ours:
-        adapters = _by_component(krona_format.read(files), components, source, unused)
+        adapters = _by_component(_only(wanted, krona_format.read(files), source), components, source, unused)
         unused.report(len({(part, layer_of(key)) for part, saved in adapters.items() for key in saved.tensors}))
     else:
-        layers = kronecker_only(_foreign_updates(files, components, reading, unused), source, unused)
+        updates = _foreign_updates(_only_files(wanted, files, source), components, reading, unused)
+        if wanted is not None:
+            updates = {place: update for place, update in updates.items() if place[0] in wanted}
+        layers = kronecker_only(updates, source, unused)
         unused.report(len(layers))
         adapters = as_krona(layers, components, source)
     for part, saved in adapters.items():
@@ -84,6 +95,37 @@ def updates_in(source: Path, components: Mapping[str, nn.Module], reading: Readi
             pieces.setdefault((part, place), []).append(piece)
     unused.report(sum(map(len, pieces.values())))
     return _updates(pieces, components)
+
+
+def _only(wanted: Collection[str] | None, found: dict[str, SavedAdapter], source: Path) -> dict[str, SavedAdapter]:
+    if wanted is None or ("" in found and any(map(is_denoiser, wanted))):
+        return found
+    chosen = {part: saved for part, saved in found.items() if part in wanted}
+    if not chosen:
+        held = ", ".join(part or "a single model" for part in found)
+        raise AdapterFileError(
+            f"{source} holds an adapter for {held}, and none for {', '.join(sorted(wanted))}, as components asks."
+        )
+    return chosen
+
+
+def _only_files(wanted: Collection[str] | None, files: dict[str, TensorFile], source: Path) -> dict[str, TensorFile]:
+    """Without the text encoders' tensors, where none is wanted: a pipeline without them has no names for these."""
+    if wanted is None:
+        return files
+    kept = {part: file for part, file in files.items() if not part or part in wanted}
+    if not any(is_denoiser(part) for part in wanted):
+        return kept
+    encoders = not any(part in TEXT_ENCODERS for part in wanted)
+    only = {
+        part: TensorFile(
+            file.path, {n: t for n, t in file.tensors.items() if not (encoders and _OF_ENCODER.match(n))}, file.metadata
+        )
+        for part, file in kept.items()
+    }
+    if not any(file.tensors for file in only.values()):
+        raise AdapterFileError(f"{source} holds nothing for {', '.join(sorted(wanted))}, which components asks for.")
+    return only
 
 
 def opened(source: Path) -> dict[str, TensorFile]:
@@ -184,7 +226,7 @@ def _by_component(
     if missing:
         unused.add(
             f"{source} holds an adapter for {', '.join(sorted(saved))}, but this model has "
-            f"{', '.join(part or 'no named components' for part in components)}."
+            f"{', '.join(part or 'no named components' for part in components)}." + _way_out(saved, components)
         )
         if not found:
             unused.report(0)
@@ -192,6 +234,12 @@ def _by_component(
         with _about(adapter, components[part]):
             leave_out_ip_adapters(adapter.config, components[part], {layer_of(key) for key in adapter.tensors})
     return found
+
+
+def _way_out(saved: Mapping[str, SavedAdapter], components: Mapping[str, nn.Module]) -> str:
+    """What to do where a pipeline lacks some of the components that a file is for."""
+    shared = [part for part in components if part in saved and part]
+    return f" To load what is for it alone: load_krona(pipe, path, components={shared!r})." if shared else ""
 
 
 @contextmanager
