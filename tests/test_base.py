@@ -46,12 +46,6 @@ def test_a_folder_that_is_no_pipeline_says_what_is_missing(tmp_path):
         load_base(tmp_path)
 
 
-def test_a_single_file_checkpoint_says_how_to_convert_it(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(BaseModelError, match="from_single_file"):
-        load_base(tmp_path / "model.safetensors")
-
-
 def test_a_damaged_folder_is_named(folder, tmp_path):
     for path in folder.rglob("*"):
         if path.is_file() and "unet" not in path.parts:
