@@ -71,3 +71,14 @@ def test_the_state_of_a_whole_model_and_of_what_is_none_of_diffusers_is_as_ever(
     plain = nn.Sequential(nn.Sequential(nn.Linear(16, 16)))
     inject_krona(plain, config(target_modules=["0.0"]))
     assert any("krona_A" in name for name in plain[0].state_dict())
+
+
+def test_a_second_adapter_in_other_layers_is_left_out_too_and_leaves_without_a_trace():
+    unet = tiny_sd_pipeline().unet
+    inject_krona(unet, config(target_modules=["to_q"]), "one")
+    with unchanged(unet):
+        inject_krona(unet, config(target_modules=r"mid_block\.resnets.*time_emb_proj"), "two")
+        with pytest.warns(UserWarning, match=r"adapter\(s\) two"):
+            assert not any("krona" in name for name in unet.mid_block.resnets.state_dict())
+        unload_krona(unet, "two")
+    assert not any("krona" in name for name in unet.mid_block.resnets.state_dict())

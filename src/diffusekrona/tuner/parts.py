@@ -12,34 +12,31 @@ from typing import Any
 
 from torch import nn
 
-from .compat import ModulesToSaveWrapper
+from .compat import BaseTunerLayer, ModulesToSaveWrapper
 from .layer import KronALayer
 
-_HANDLES = "_krona_handles"
+_HANDLE = "_krona_handle"
+"""The attribute by which a part can take back what it was given."""
 
 
 def give_parts_base_names(model: nn.Module) -> None:
     """Let the state of each part of a Diffusers model that holds adapters be that of its base."""
     for holder in model.modules():
         if hasattr(type(holder), "from_config"):
-            _forget(holder)
-            vars(holder)[_HANDLES] = [
-                part.register_state_dict_post_hook(_without_adapters)
-                for part in holder.modules()
-                if part is not holder and not isinstance(part, KronALayer) and (_layers(part) or _wrappers(part))
-            ]
+            for part in holder.modules():
+                if part is not holder and _HANDLE not in vars(part) and _is_adapted(part):
+                    vars(part)[_HANDLE] = part.register_state_dict_post_hook(_without_adapters)
 
 
 def give_parts_back(model: nn.Module) -> None:
     """Undo `give_parts_base_names` where no adapter is left."""
-    for holder in model.modules():
-        if not _layers(holder):
-            _forget(holder)
+    for part in model.modules():
+        if _HANDLE in vars(part) and not _is_adapted(part):
+            vars(part).pop(_HANDLE).remove()
 
 
-def _forget(holder: nn.Module) -> None:
-    for handle in vars(holder).pop(_HANDLES, ()):
-        handle.remove()
+def _is_adapted(part: nn.Module) -> bool:
+    return not isinstance(part, BaseTunerLayer) and bool(_layers(part) or _wrappers(part))
 
 
 def _without_adapters(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
