@@ -11,6 +11,7 @@ from torch import nn
 from diffusekrona import load_krona
 from diffusekrona.base import load_base
 from diffusekrona.quantization import PACKAGES, Quantization, QuantizationError
+from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.plan import plan
 from diffusekrona.training.run import run
 from diffusekrona.training.settings import Settings
@@ -136,3 +137,8 @@ def stored_bytes(module: nn.Module) -> int:
         else:
             total += weight.nbytes
     return total
+
+
+def test_quantized_weights_are_not_offloaded(place, tmp_path):
+    with pytest.raises(TrainingConfigError, match="offload 'all' cannot move weights that quantize has made int8"):
+        settings(place[0], tmp_path / "out", quantize="int8", offload="all")

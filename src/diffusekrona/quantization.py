@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import KronAError
-from .tuner.names import DENOISERS
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +18,7 @@ PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 """What quantizes to each format."""
 
 BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "fp8": 1.0}
-"""Of each weight of a linear layer, with nf4's scale for every 64 of them, itself in 8 bits; a scale for each row is not counted."""
+"""Of each weight of a linear layer. nf4's scale of 8 bits for every 64 of them is counted, a scale for a row is not."""
 
 
 class QuantizationError(KronAError):
@@ -39,6 +38,8 @@ class Quantization(NamedTuple):
 
     def of(self, component: str) -> str | None:
         """The format of a pipeline's component."""
+        from .tuner.names import DENOISERS  # which loads torch; settings are read without
+
         if component.startswith("text_encoder"):
             return self.text_encoders
         return self.denoiser if component.partition("_")[0] in DENOISERS else None

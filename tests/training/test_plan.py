@@ -9,6 +9,7 @@ from diffusekrona.base import BaseModelError
 from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of
+from diffusekrona.training.offload import blocks_of
 from diffusekrona.training.plan import Plan, SavedTensors, plan
 from diffusekrona.training.settings import Settings
 from tests.pipelines import FAMILIES, IMAGE_SIZE, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -157,6 +158,17 @@ def test_a_plan_measures_the_state_of_other_optimizers(name, least, most, base):
     plain = plan(settings(folder))
     moments = (plan(settings(folder, optimizer=name)).state - plain.state) / plain.parameters + 8
     assert least <= moments <= most
+
+
+@pytest.mark.parametrize("how", ["blocks", "all"])
+def test_of_blocks_that_wait_elsewhere_a_plan_counts_one(how, base):
+    pipe, folder = base
+    found = plan(settings(folder, offload=how))
+    inject_krona(pipe, KronAConfig(a1=4, a2=8))
+    denoiser = family_of(pipe).denoiser
+    sizes = [sum(weight.nbytes for weight in block.parameters()) for block in blocks_of(denoiser)]
+    assert found.weights == sum(weight.nbytes for weight in denoiser.parameters()) - sum(sizes) + max(sizes)
+    assert found.state == plan(settings(folder)).state
 
 
 def test_a_base_that_cannot_be_read_is_an_error(base):

@@ -14,6 +14,7 @@ Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 OnNonFinite = Literal["stop", "skip"]
 Keep = Literal["memory", "disk", "none"]
+Offload = Literal["none", "blocks", "all"]
 Sampling = Literal["uniform", "logit_normal", "mode"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
 LossType = Literal["l2", "huber"]
@@ -70,6 +71,9 @@ class TrainingConfig(TrainingSettings):
     """Passes whose gradients are averaged into one optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which takes less memory and more time."""
+    offload: Offload = "none"
+    """Where the denoiser's frozen blocks wait until they are needed, one at a time: "none" for on the device, "blocks"
+    for in CPU memory, or "all" for in files, which takes least memory and, on a CPU too, most time."""
     mixed_precision: Precision = "no"
     """Type that matrix products are computed in: "no" for float32, "fp16" (on a GPU only) or "bf16". The factors, their
     gradients and the loss are always float32."""

@@ -35,7 +35,7 @@ from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kep
 _log = logging.getLogger(__name__)
 
 MAY_DIFFER = (
-    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "cache", "gradient_checkpointing",
+    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "cache", "gradient_checkpointing", "offload",
     "on_non_finite", "validation_loss_steps",
 )  # fmt: skip
 """Settings that a run may change when it goes on from a checkpoint."""
@@ -172,7 +172,7 @@ def fit(
         sharding = sharding_of(accelerator.state)
         borrowed.enter_context(random_state_kept(accelerator.device))
         borrowed.enter_context(modes_kept(modules))
-        borrowed.callback(pipe.to, accelerator.device)
+        borrowed.callback(pipe.to, "cpu" if config.offload != "none" else accelerator.device)
         for module in modules:
             module.train(module in trained)
         sets = [("subject", images, 1.0)]
@@ -188,7 +188,15 @@ def fit(
         validation = Batches("held-out", pipe, family, held_out, config, accelerator, cache) if held_out else None
         if not keep_encoders:
             free_encoders(pipe, config)
-        if sharding is None:  # not before, so that the device never holds the encoders beside it
+        if config.offload != "none":
+            if sharding is not None:
+                raise TrainingConfigError(
+                    "offload is not possible with FSDP, which has a way of its own: leave it out."
+                )
+            from .offload import offloaded
+
+            borrowed.enter_context(offloaded(family.denoiser, parameters.values(), accelerator.device, config.offload))
+        elif sharding is None:  # not before, so that the device never holds the encoders beside it
             family.denoiser.to(accelerator.device)
         else:  # the device may have no room for more than these
             for parameter in parameters.values():

@@ -29,6 +29,7 @@ from .batches import text_encoders
 from .config import ENCODER_RATES, TrainingConfig
 from .dreambooth import training_resolution
 from .families import family_of
+from .offload import blocks_of
 from .optimizer_names import check_optimizer
 from .optimizers import optimizer_of, optimizer_state
 from .run import image_plan, training_images
@@ -81,7 +82,8 @@ class Plan:
         steps_per_epoch: optimizer steps in which each image is seen once, in one process.
         epochs: how often each image is seen.
         encoders: bytes of the models that run before the first step only, none where they run in each one.
-        weights: bytes of the models that are run in each step; of quantized layers, about.
+        weights: bytes of the models that are run in each step; of quantized layers, about, and of blocks that wait
+            elsewhere, the largest one's.
         state: bytes of factors, gradients, the optimizer's state and averages.
         activations: bytes that a forward pass of the denoiser, and of text encoders that are trained, keeps for the
             backward pass, and that one recomputed block takes; somewhat too many, as the fused step is not used here.
@@ -149,6 +151,9 @@ def plan(settings: Settings) -> Plan:
         idle = [module for module in (pipe.vae, *encoders) if module not in trained]
         stored = {id(part): settings.quantization.of(name) for name, part in pipe.components.items()}
         weights, others = _bytes(trained, stored), _bytes(idle, stored)
+        if training.offload != "none":  # then one block is there at a time
+            blocks = [_bytes([block], {id(block): None}) for block in blocks_of(denoiser)]
+            weights -= sum(blocks) - max(blocks, default=0)
     training = training.in_steps(len(images), 1)
     parameters = sum(p.numel() for p in krona.parameters())
     per_parameter = 8 + (4 if training.ema_decay is not None else 0)
@@ -220,10 +225,9 @@ def _bytes(modules: Iterable[nn.Module], stored: Mapping[int, str | None]) -> in
     found = 0.0
     for module in modules:
         kind = stored[id(module)]
-        for layer in module.modules():
-            for weight in layer.parameters(recurse=False):
-                quantized = kind is not None and type(layer) is nn.Linear and weight is layer.weight
-                found += weight.numel() * BYTES[str(kind)] if quantized else weight.nbytes
+        linear = {id(layer.weight) for layer in module.modules() if type(layer) is nn.Linear} if kind else set()
+        for weight in module.parameters():
+            found += weight.numel() * BYTES[str(kind)] if id(weight) in linear else weight.nbytes
     return round(found)
 
 

@@ -205,6 +205,15 @@ class Settings(TrainingSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_offload(self) -> Settings:
+        if self.training.offload != "none" and self.data.quantize is not None:
+            raise TrainingConfigError(
+                f"offload {self.training.offload!r} cannot move weights that quantize has made {self.data.quantize}. "
+                "Leave one of them out."
+            )
+        return self
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """From a flat list; a value of None counts as not given.
