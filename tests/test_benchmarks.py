@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measuring import Shape
+from benchmarks.quantized import OURS, measure, report
+from diffusekrona.quantization import PACKAGES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,3 +21,13 @@ def test_a_dry_run_measures_all_methods_and_writes_nothing(benchmark):
     for method in ("KronA (4, 64)", "PEFT LoRA r=4", "PEFT LoKr factor 8"):
         assert f"| {method} |" in table
     assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_methods_are_measured_over_the_same_quantized_layer(kind):
+    pytest.importorskip(PACKAGES[kind])
+    found = measure(Shape("tiny", tokens=7, h=128, d=128, layers=1), kind, rounds=3)
+    assert found["to_frozen"][OURS] > 0
+    row = report({"conditions": "", "found": [found]})[-1]
+    assert row.startswith(f"| tiny | {kind} |")
+    assert row.endswith("| yes |" if found["to_lora"] <= 1 else "| no |")
