@@ -116,8 +116,8 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = [kind for kind, package in PACKAGES.items() if find_spec(package) is not None]
     found = [measure(shape, kind, arguments.rounds) for kind in kinds for shape in SHAPES]
-    conditions = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"{arguments.rounds} rounds."
+    conditions = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+    conditions += f", {arguments.rounds} rounds."
     measured = {"conditions": conditions, "found": found}
     text = "\n".join(report(measured))
     print(text)
