@@ -1,9 +1,10 @@
-"""The architectures that the paper counts parameters on, built from their published configurations without weights."""
+"""Architectures that people train or that the paper counts on, from published configurations, without weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import KronAError
@@ -44,6 +45,45 @@ _SDXL_TEXT_ENCODER_2: dict[str, Any] = {
 }
 
 
+_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3": ("SD3Transformer2DModel", {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192,
+    }),
+    "sd35-large": ("SD3Transformer2DModel", {
+        "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    }),
+    "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "flux2": ("Flux2Transformer2DModel", {}),
+    "flux2-klein-4b": ("Flux2Transformer2DModel", {
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    }),
+    "flux2-klein-9b": ("Flux2Transformer2DModel", {
+        "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    }),
+    "chroma": ("ChromaTransformer2DModel", {}),
+    "z-image": ("ZImageTransformer2DModel", {}),
+    "qwen-image": ("QwenImageTransformer2DModel", {}),
+    "krea2": ("Krea2Transformer2DModel", {}),
+    "sana-1600m": ("SanaTransformer2DModel", {}),
+    "pixart-sigma": ("PixArtTransformer2DModel", {"caption_channels": 4096, "interpolation_scale": 2}),
+    "wan-14b": ("WanTransformer3DModel", {}),
+}  # fmt: skip
+"""Transformers by name: their class in Diffusers, and what differs from its defaults, which are a published model's.
+
+SD 3's and klein's are those of Diffusers' conversion scripts.
+"""
+
+
+def _transformer(name: str) -> nn.Module:
+    import diffusers
+
+    kind, values = _TRANSFORMERS[name]
+    return getattr(diffusers, kind)(**values)  # type: ignore[no-any-return]
+
+
 def _unet(values: dict[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
@@ -61,8 +101,9 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "sd15": lambda: _unet(_SD15_UNET),
     "sd15-text-encoder": lambda: _text_encoder(_SD15_TEXT_ENCODER, "CLIPTextModel"),
     "sdxl-text-encoder-2": lambda: _text_encoder(_SDXL_TEXT_ENCODER_2, "CLIPTextModelWithProjection"),
+    **{name: partial(_transformer, name) for name in _TRANSFORMERS},
 }
-"""Name → builder: the SDXL UNet and its second text encoder, and the UNet and text encoder of Stable Diffusion 1.x."""
+"""Name → builder: UNets and text encoders of SDXL and Stable Diffusion 1.x, and transformers."""
 
 PIPELINES: dict[str, dict[str, str]] = {
     "sdxl": {"unet": "sdxl", "text_encoder": "sd15-text-encoder", "text_encoder_2": "sdxl-text-encoder-2"},

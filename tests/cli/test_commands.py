@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from diffusekrona import KronALayer, load_krona
 from diffusekrona.cli import app
-from diffusekrona.generation import generate_images
+from diffusekrona.generation import generated
 from diffusekrona.training.settings import read_settings
 from tests.evaluation.models import save_clip, save_vit
 from tests.pipelines import tiny_sd_pipeline
@@ -214,9 +214,9 @@ def test_the_adapter_is_merged_unless_asked_otherwise(base, adapter, tmp_path, m
 
     def look_and_generate(pipe, *arguments, **rest):
         found.extend(module.merged for module in pipe.unet.modules() if isinstance(module, KronALayer))
-        return generate_images(pipe, *arguments, **rest)
+        return generated(pipe, *arguments, **rest)
 
-    monkeypatch.setattr("diffusekrona.generation.generate_images", look_and_generate)
+    monkeypatch.setattr("diffusekrona.generation.generated", look_and_generate)
     run("generate", "--base", base, "--output", tmp_path, *GENERATE, "--adapter", adapter, *options)
     assert set(found) == {merged}
 
@@ -392,13 +392,14 @@ def test_evaluate_scores_what_generate_wrote_with_its_prompts(base, images, enco
     assert "15/15" in result.stderr
 
 
-def test_generate_keeps_the_prompts_of_earlier_images(base, tmp_path):
+def test_generate_keeps_earlier_images_and_their_prompts(base, tmp_path):
     for prompt, seed in (("a toy", 0), ("a dog", 1), ("a toy", 0)):
         run("generate", "--base", base, "--output", tmp_path, *GENERATE[2:], "--prompt", prompt, "--seed", seed)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert rows == [
-        {"file_name": "000-a-dog-seed1.png", "text": "a dog", "seed": 1},
         {"file_name": "000-a-toy-seed0.png", "text": "a toy", "seed": 0},
+        {"file_name": "001-a-dog-seed1.png", "text": "a dog", "seed": 1},
+        {"file_name": "002-a-toy-seed0.png", "text": "a toy", "seed": 0},
     ]
 
 

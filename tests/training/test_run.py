@@ -423,7 +423,16 @@ def test_the_adapter_is_pushed_without_its_run(
     assert {name: sorted(files) for name, files in Hub.files.items()} == {"me/toy": pushed}
 
 
-@pytest.mark.parametrize("output", ["file", "folder.safetensors"])
+def test_a_folder_above_gives_the_adapter_its_name(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "toy" / "deep")
+    run(settings(place, Path(".."), max_train_steps=1))
+    assert (tmp_path / "toy" / "toy.safetensors").is_file()
+
+
+@pytest.mark.parametrize("output", ["file", "folder.safetensors", "file/below", "file/below.safetensors"])
 def test_a_place_that_cannot_be_written_to_is_an_error_before_anything_is_loaded(tmp_path: Path, output: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()

@@ -20,7 +20,7 @@ def test_names_that_mean_something_here_are_ours():
     assert settings(use_8bit_adam=False).training.optimizer == "adamw"
     assert settings(resume_from_checkpoint="latest").output.resume
     assert not MEANT.keys() & NAMES.keys()
-    assert not ANSWERS.keys() & (NAMES.keys() | MEANT.keys()) - {"offload"}
+    assert not ANSWERS.keys() & (NAMES.keys() | MEANT.keys())
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,11 @@ def test_a_flag_of_a_script_is_answered_by_the_command(flag):
     words = " ".join(done.output.replace("│", " ").split())
     assert done.exit_code == 2
     assert ANSWERS[flag.lstrip("-").replace("-", "_")].split("`")[0].strip() in words
+
+
+def test_a_repository_goes_into_a_flag_of_its_own():
+    done = CliRunner().invoke(app, ["train", "--push_to_hub", "me/toy"])
+    assert "name the repository with --hub-model-id" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_the_hidden_flags_are_read(tmp_path):

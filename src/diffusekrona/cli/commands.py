@@ -43,12 +43,16 @@ class QuietCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Read the flags; where one is of Diffusers' scripts and not ours, say what to use."""
+        given = list(args)  # which reading them empties
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
             # typer does not show the class of this error.
-            if (name := getattr(error, "option_name", None)) and (said := answer(name)):
-                error.message, error.possibilities = f"{error.message}.{said}", None  # type: ignore[attr-defined]
+            told, name = getattr(error, "message", ""), getattr(error, "option_name", None)
+            if name and (said := answer(name)):
+                error.message, error.possibilities = f"{told}.{said}", None  # type: ignore[attr-defined]
+            elif "unexpected extra argument" in told and any(one.replace("_", "-") == "--push-to-hub" for one in given):
+                error.message = f"{told}. --push-to-hub takes no value; name the repository with --hub-model-id."  # type: ignore[attr-defined]
             raise
 
     def invoke(self, ctx: Any) -> Any:

@@ -97,11 +97,17 @@ def generate(
             on_step=lambda done, total: show(completed=done, total=total),
         )
         # Each is kept when it is done, so that stopping loses none.
-        for index, (picture, text, used) in enumerate(zip(pictures, repeated, seeds, strict=True)):
+        for index, (picture, text, used) in enumerate(zip(pictures, repeated, seeds, strict=True), _next_index(output)):
             path = output / f"{index:03d}-{_slug(text)}-seed{used}.png"
             write_whole({path: image_png(picture)})
             write_metadata(output, {path.name: {"text": text, "seed": used}})
             print_line(str(path))
+
+
+def _next_index(folder: Path) -> int:
+    """After the numbers of the images that are there, so that none is replaced."""
+    numbers = [int(found[1]) for path in folder.glob("*.png") if (found := re.match(r"(\d{3,})-", path.name))]
+    return max(numbers, default=-1) + 1
 
 
 def chosen_device(name: str | None) -> torch.device:

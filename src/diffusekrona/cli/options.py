@@ -83,7 +83,9 @@ def _flag(group: type[SettingsModel], name: str, heading: str | None) -> inspect
 
 
 def _hidden(name: str, kind: Any) -> inspect.Parameter:
-    option = typer.Option(f"--{name.replace('_', '-')}", hidden=True)
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", hidden=True, help="Name that Diffusers' scripts have for a setting of ours."
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -14,7 +14,7 @@ def hub_repository(output: OutputSettings) -> str | None:
     """The repository that a run is pushed to: of the output's name where it has none of its own, or None."""
     if not output.push_to_hub:
         return None
-    return output.hub_model_id or output.output_dir.absolute().name.removesuffix(".safetensors")
+    return output.hub_model_id or output.output_dir.resolve().name.removesuffix(".safetensors")
 
 
 def check_hub(repository: str) -> None:

@@ -35,7 +35,7 @@ class Output:
     @property
     def whole(self) -> Path:
         """The adapter as a single file."""
-        return self.path if self.is_single else self.path / f"{self.path.absolute().name}.safetensors"
+        return self.path if self.is_single else self.path / f"{self.path.resolve().name}.safetensors"
 
     @property
     def copy(self) -> Path | None:
@@ -74,8 +74,13 @@ class Output:
             raise KronAError(f"output_dir {self.path} is a folder; a file that ends in .safetensors was expected.")
         if not self.is_single and self.path.is_file():
             raise KronAError(f"output_dir {self.path} is a file; give a folder, or a file that ends in .safetensors.")
-        (self.path.parent if self.is_single else self.path).mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path.parent if self.is_single else self.path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KronAError(f"output_dir {self.path} cannot be made: {error}. Choose another place.") from error
         if self._settings.overwrite:
+            for file in self.step_files:  # which would be taken for this run's
+                file.unlink(missing_ok=True)
             return
         if not self._settings.resume:
             self.checkpoints.check_free()

@@ -110,7 +110,7 @@ def _train(
     settings: Settings, output: Output, on_step: OnStep | None, on_class_image: Callable[[int, int], None] | None
 ) -> _Done:
     data, adapter = settings.data, settings.adapter.config()
-    pipe = load_base(data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype), settings.quantization)
+    pipe = _base(settings)
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     images = training_images(settings, plan)
@@ -216,17 +216,30 @@ class _Observers:
                 self._trackers.close()
 
 
+def _base(settings: Settings) -> Any:
+    """The base as the settings say."""
+    data = settings.data
+    return load_base(
+        data.pretrained_model_name_or_path,
+        getattr(torch, settings.base_dtype),
+        settings.quantization,
+        variant=data.variant,
+        revision=data.revision,
+        vae=data.pretrained_vae_model_name_or_path,
+        configs=data.base_configs,
+    )
+
+
 def _scored(settings: Settings, output: Output, done: _Done) -> Mapping[str, str]:
     """Score the adapters of saved steps and the last one; a row for each of the report's table."""
     chosen, device = settings.output, this_process().device
     encoders = Encoders(chosen.clip, chosen.dino, device=device)
-    base, dtype = settings.data.pretrained_model_name_or_path, getattr(torch, settings.base_dtype)
-    pipe = load_base(base, dtype, settings.quantization).to(device)
+    pipe = _base(settings).to(device)
     pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     found = score_adapters(
         pipe,
-        [*output.step_files, done.saved[0]],
+        [*(file for file in output.step_files if file != output.step_file(done.result.steps)), done.saved[0]],
         chosen.validation_prompt,
         [image.image for image in training_images(settings, plan.replace(repeats=1))],
         encoders,

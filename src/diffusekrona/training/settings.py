@@ -42,6 +42,14 @@ class DataSettings(TrainingSettings):
     quantize_text_encoders: Quantized | None = None
     """Quantize the linear layers of the text encoders on loading, too: "nf4", "int8" or "fp8"; by default they stay as
     they are."""
+    variant: str | None = None
+    """Which of several files the base's weights are read from, such as "fp16"."""
+    revision: str | None = None
+    """Branch, tag or commit of a base on the hub."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another autoencoder than the base's own: a folder or a hub id."""
+    base_configs: str | None = None
+    """For a base in a single file, the folder of a pipeline of its architecture, for configurations and tokenizers."""
     instance_data_dir: FilePath | None = Field(default=None, json_schema_extra={"short": "images"})
     """Folder of 3 to 5 images. A text file name.txt or name.caption beside an image holds its prompt, or metadata.jsonl
     or metadata.csv those of all; a subfolder 10_name holds images that are used 10 times as often."""

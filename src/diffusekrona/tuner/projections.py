@@ -151,7 +151,7 @@ def unused_layers(model: nn.Module) -> dict[str, str]:
         unwrapped_name(f"{name}.{whole.name}" if name else whole.name): "the projections are unfused again"
         for name, module in model.named_modules()
         for whole in _wholes(module)
-        if not _is_fused(module)
+        if not is_fused(module)
     }
 
 
@@ -168,7 +168,7 @@ def in_use(model: nn.Module, layer: str) -> tuple[str, int] | None:
     parent, _, single = layer.rpartition(".")
     attention = model.get_submodule(parent)
     for whole in _wholes(attention):
-        if single in whole.singles and _is_fused(attention):
+        if single in whole.singles and is_fused(attention):
             return f"{parent}.{whole.name}" if parent else whole.name, _first_row(attention, whole, single)
     return None
 
@@ -197,7 +197,7 @@ def unfuse_qkv_projections(self: Any, *args: Any, **kwargs: Any) -> None:
         KronAError: an adapter is on a fused projection itself, and would be dropped.
     """
     for name, module in self.named_modules():
-        for whole in _wholes(module) if _is_fused(module) else ():
+        for whole in _wholes(module) if is_fused(module) else ():
             layer = krona_layer_in(getattr(module, whole.name))
             if layer and layer.krona_A:
                 raise KronAError(
@@ -238,7 +238,7 @@ def _wholes(module: nn.Module) -> Iterator[_Whole]:
             yield _Whole(name, singles)
 
 
-def _is_fused(attention: nn.Module) -> bool:
+def is_fused(attention: nn.Module) -> bool:
     """Whether an attention calls its fused projections. A UNet's keeps them, and says so, when it is unfused."""
     if not getattr(attention, "fused_projections", False):
         return False

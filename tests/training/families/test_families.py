@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusekrona.training import ImagePlan, UnsupportedPipelineError, prepare_images
+from diffusekrona.training import ImagePlan, UnsupportedPipelineError, prepare_images, training_resolution
 from diffusekrona.training.batches import text_encoders
 from diffusekrona.training.encoding import Texts
 from diffusekrona.training.families import family_of
@@ -182,6 +182,14 @@ def test_an_inpainting_denoiser_is_refused(build):
     family_of(pipe).denoiser.register_to_config(in_channels=9)
     with pytest.raises(UnsupportedPipelineError, match="takes 9 channels, but its autoencoder gives 4"):
         family_of(pipe)
+
+
+def test_a_base_that_does_not_say_its_size_is_asked_for_a_resolution():
+    pipe = tiny_sd_pipeline()
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(UnsupportedPipelineError, match="sample_size is null"):
+        training_resolution(pipe, None)
+    assert training_resolution(pipe, 32) == 32
 
 
 def test_an_unknown_kind_of_conditioning_is_refused():

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ...tuner.projections import FUSED_PROJECTIONS, is_fused
+
 Place = tuple[str, str]
 """A layer of a model: its component of the pipeline, "" for a model by itself, and its name there."""
 
@@ -154,14 +156,6 @@ def _parts(entry: Entry, modules: Mapping[str, nn.Module]) -> tuple[Part, ...] |
     return tuple(Part(name, rows) for name, rows in zip(names, consecutive_rows(sizes), strict=True))
 
 
-FUSED_PROJECTIONS = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}
-"""Name of a fused projection → those that it is made of, in the order of their rows."""
-
-
 def fused_names(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[Part, ...]]]:
     """The names that an attention's projections would have if they were fused, where a model has them apart."""
     for name, module in modules.items():
@@ -179,7 +173,7 @@ def redirections(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int]]
     """In a model whose projections are fused: single projection → the fused one, and its first row in that."""
     found: dict[str, tuple[str, int]] = {}
     for name, module in modules.items():
-        if not getattr(module, "fused_projections", False):
+        if not is_fused(module):
             continue
         for whole, single in FUSED_PROJECTIONS.items():
             if f"{name}.{whole}" not in modules:

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from ...errors import AdapterFileError
 from ...kron.shapes import FactorShapes
+from ...tuner.projections import FUSED_PROJECTIONS
 from ..unused import few
 from .families import layout_of
-from .layout import FUSED_PROJECTIONS, Part
+from .layout import Part
 from .names import with_text_model
 from .unet import is_sdxl_unet, is_unet, original_names
 

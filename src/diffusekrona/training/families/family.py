@@ -82,7 +82,12 @@ class Family(ABC):
     @property
     def resolution(self) -> int:
         """Side in pixels of the images that the denoiser was trained on, or that its pipeline draws by default."""
-        size = self.denoiser.config.get("sample_size") or self.pipe.default_sample_size
+        size = self.denoiser.config.get("sample_size") or getattr(self.pipe, "default_sample_size", None)
+        if size is None:
+            raise UnsupportedPipelineError(
+                f"The configuration of {type(self.pipe).__name__} does not say at which size it was trained, as its "
+                "sample_size is null. Give resolution."
+            )
         return int(size if isinstance(size, int) else min(size)) * self.factor
 
     def tokens(self, height: int, width: int) -> int:
