@@ -129,7 +129,9 @@ def test_without_the_extra_packages_training_runs_and_one_line_says_what_is_left
         "matplotlib. To have them, pip install 'diffusekrona[train]'."
     ]
     folder = tmp_path / "toy" / "run"
-    assert {path.name for path in folder.iterdir()} == {"checkpoints", "report.html", "settings.yaml", "validation"}
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints", "report.html", "settings.yaml", "validation", "written.json",
+    }  # fmt: skip
     assert [path.name for path in (folder / "validation").iterdir()] == ["step-00000003-0.png"]
     page = (folder / "report.html").read_text()
     assert "<h2>Settings</h2>" in page
@@ -174,12 +176,14 @@ def test_an_interrupted_training_says_how_to_go_on_and_does(base, images, tmp_pa
     command = ["train", "--base", base, "--images", images, "--prompt", "a sks toy", "--max-train-steps", 4]
 
     @contextmanager
-    def pressing_ctrl_c(steps):
+    def pressing_ctrl_c():
         yield lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == 1 else None
 
     monkeypatch.setattr("diffusekrona.cli.train.training_progress", pressing_ctrl_c)
     said, again = run(*command, "--output", output, code=130).stderr.splitlines()
-    assert said.startswith("Stopped after step 2. Its state is in ")
+    adapter = output / "run" / "steps" / "my toy-step00000002.safetensors"
+    assert said.startswith(f"Stopped after step 2. The adapter so far is {adapter}. Its state is in ")
+    load_krona(tiny_sd_pipeline(), adapter)
     assert said.endswith("step-00000002.safetensors. To go on from there:")
     monkeypatch.undo()
     program, *arguments = shlex.split(again)
@@ -254,7 +258,7 @@ def test_each_prompt_and_seed_has_its_image(base, tmp_path):
         ({"--factors": "to_k=4"}, "--factors takes REGEX=A1,A2"),
         ({"--factors": "(=2,8"}, "not a regular expression"),
         ({"--config": "typo.yaml"}, "There is no setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ({"--config": "nowhere.yaml"}, "The settings nowhere.yaml cannot be read"),
+        ({"--config": "nowhere.yaml"}, "The settings file nowhere.yaml cannot be read"),
         ({"--dataset-dir": "dataset"}, "Give either instance_data_dir"),
         ({"--repeats": 0}, "repeats must be a whole number of at least 1"),
         ({"--output": "taken.txt"}, "output_dir taken.txt is a file"),
@@ -295,7 +299,7 @@ def test_ctrl_c_ends_with_one_line_and_the_usual_code(base, images, tmp_path, mo
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusekrona.training.run.save_krona", interrupted)
+    monkeypatch.setattr("diffusekrona.training.output.save_krona", interrupted)
     command = ["train", "--base", base, "--images", images, "--output", tmp_path / "toy.safetensors", *TRAIN]
     assert run(*command, code=130).stderr.endswith("Stopped before the end.\n")
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from diffusekrona.cli import app
 from diffusekrona.cli.options import factor_pattern, flags_of_training, help_of, named_values, with_flags
 from diffusekrona.errors import KronAError
+from diffusekrona.training.script_names import MEANT
 from diffusekrona.training.settings import GROUPS, NAMES, SHORT_NAMES
 
 
@@ -51,7 +52,10 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_training_has_a_flag_for_each_setting_and_two_of_its_own():
-    assert {parameter.name for parameter in COMMANDS["train"].params} == NAMES.keys() | {"config", "plan"}
+    assert {parameter.name for parameter in COMMANDS["train"].params} == NAMES.keys() | MEANT.keys() | {
+        "config",
+        "plan",
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)

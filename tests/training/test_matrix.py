@@ -206,11 +206,13 @@ PLACES = ("pretrained_model_name_or_path", "instance_data_dir", "dataset_dir", "
 def values_of(row: Mapping[str, str], place: Path, output: Path) -> Values:
     """The settings of a row, with its places below one folder and its output below another."""
     chosen: Values = {
-        "instance_prompt": "a sks toy", "output_dir": "toy", "class_data_dir": f"class-{row['base']}", "a1": 4, "a2": 8,
+        "instance_prompt": "a sks toy", "output_dir": "toy", "a1": 4, "a2": 8,
         "max_train_steps": 3, "checkpointing_steps": 2, "learning_rate": 1e-2, "validation_inference_steps": 1,
     }  # fmt: skip
     for ability, choice in row.items():
         chosen.update(ABILITIES[ability][choice])
+    if chosen.get("with_prior_preservation"):
+        chosen["class_data_dir"] = f"class-{row['base']}"
     chosen = {name: str(place / value) if name in PLACES else value for name, value in chosen.items()}
     return {**chosen, "output_dir": output / chosen["output_dir"]}
 
@@ -220,8 +222,8 @@ def trained_pipelines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The pipelines that runs load, in which their adapters are when they are done."""
     loaded: list[Any] = []
 
-    def load(*arguments: Any) -> Any:
-        loaded.append(load_base(*arguments))
+    def load(*arguments: Any, **named: Any) -> Any:
+        loaded.append(load_base(*arguments, **named))
         return loaded[-1]
 
     monkeypatch.setattr("diffusekrona.training.run.load_base", load)
@@ -301,7 +303,7 @@ def everything_is_there(row: Mapping[str, str], outcome: Outcome) -> None:
     lokr = ["toy", "toy.safetensors", "toy-lokr.safetensors"]
     assert [path.name for path in outcome.saved] == names.get(row["output"], lokr)
     folder = outcome.page.parent
-    expected = {"report.html", "settings.yaml", "tensorboard", "checkpoints"}
+    expected = {"report.html", "settings.yaml", "written.json", "tensorboard", "checkpoints"}
     if row["cache"] == "disk":
         expected.add("cache")
     if row["seeing"] == "pictures":

@@ -59,8 +59,9 @@ def test_the_code_of_a_card_draws_with_the_adapter(build, tmp_path, monkeypatch)
 def test_the_card_of_a_pushed_adapter_loads_it_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pushed = []
-    monkeypatch.setattr("diffusekrona.training.run._push", lambda path, repository: pushed.append(repository))
-    code = trained(tiny_sd_pipeline, tmp_path, push_to_hub="me/toy")
+    monkeypatch.setattr("diffusekrona.training.run.push", lambda path, repository: pushed.append(repository))
+    monkeypatch.setattr("diffusekrona.training.run.check_hub", lambda repository: None)
+    code = trained(tiny_sd_pipeline, tmp_path, push_to_hub=True, hub_model_id="me/toy")
     assert pushed == ["me/toy"]
     assert "load_krona(pipe, 'me/toy')" in code
     (tmp_path / "me").mkdir()

@@ -111,7 +111,9 @@ def test_encoders_are_kept_only_where_pictures_are_drawn(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], kept: bool
 ) -> None:
     loaded: list[Any] = []
-    monkeypatch.setattr("diffusekrona.training.run.load_base", lambda *how: loaded.append(load_base(*how)) or loaded[0])
+    monkeypatch.setattr(
+        "diffusekrona.training.run.load_base", lambda *how, **more: loaded.append(load_base(*how, **more)) or loaded[0]
+    )
     run(settings(place, tmp_path / "toy", max_train_steps=1, **values))
     assert [part is not None for part in (loaded[0].vae, loaded[0].text_encoder)] == [kept, kept]
 

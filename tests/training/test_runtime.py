@@ -34,7 +34,7 @@ def test_the_hosts_state_is_used_and_kept(hosts_accelerator):
 
 def test_another_precision_than_the_hosts_is_refused(hosts_accelerator):
     with (
-        pytest.raises(TrainingConfigError, match="mixed_precision='no' is not possible here"),
+        pytest.raises(TrainingConfigError, match="cannot be set up with mixed_precision 'no'"),
         accelerator_for("no"),
     ):
         pass
