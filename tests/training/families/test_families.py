@@ -140,6 +140,26 @@ def test_an_example_is_shaped_like_the_longest_prompt(tiny):
 
 
 @EACH
+def test_what_is_said_to_be_unread_is_just_what_changes_nothing(tiny):
+    """The last letter that is read changes the encoding, and all after it together do not."""
+    family = family_of(tiny.build())
+    prompt = "xy" * 700
+    unread = family.unread(prompt)
+    if family.TOKENS is None:  # all is read, or nothing is known of it
+        assert not unread
+        return
+    assert prompt.endswith(unread)
+    assert 20 < len(unread) < 1400
+    assert not family.unread(prompt[: -len(unread)])
+    read = prompt[: -len(unread)]
+    with torch.no_grad():
+        texts = prompt, read + "z" * len(unread), read[:-1] + "z" + unread
+        whole, other, changed = (family.encode([text], CPU)["hidden"] for text in texts)
+    close(other, whole)
+    assert not torch.allclose(changed, whole)
+
+
+@EACH
 def test_noise_levels_are_shifted_as_the_pipelines_are(tiny):
     pipe = tiny.build()
     family, goal = family_of(pipe), objective_of(pipe.scheduler, CPU)

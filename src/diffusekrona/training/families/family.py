@@ -39,7 +39,8 @@ class Family(ABC):
     """Whether the autoencoder is one of videos, to which an image is a single frame."""
 
     TOKENS: ClassVar[tuple[str, int] | None] = None
-    """The tokenizer of the encoder that reads the most of a prompt, and its number of tokens; None for any number."""
+    """The tokenizer of the encoder that reads the most of a prompt, and its number of tokens, with those of a template;
+    None for any number."""
     guidance: float = 1.0
     """Guidance that a guidance-distilled denoiser is told in training."""
 
@@ -113,8 +114,14 @@ class Family(ABC):
         """The end of a prompt that is beyond what the text encoders read; mostly nothing."""
         if self.TOKENS is None or (tokenizer := getattr(self.pipe, self.TOKENS[0], None)) is None:
             return ""
-        tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        return str(tokenizer.decode(tokens[self.TOKENS[1] :], skip_special_tokens=True)).strip()
+        inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of images and texts
+        tokens = inner(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        room = self.TOKENS[1] - self.taken(tokenizer)
+        return str(inner.decode(tokens[room:], skip_special_tokens=True)).strip()
+
+    def taken(self, tokenizer: Any) -> int:
+        """How many of the tokens are not a prompt's: special ones, or those of a template before it."""
+        return int(tokenizer.num_special_tokens_to_add())
 
     @abstractmethod
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -154,6 +161,27 @@ class Family(ABC):
         Returns:
             a tensor shaped like the noisy latents.
         """
+
+
+def template_length(tokenizer: Any, message: Any, *before: Mapping[str, Any], **options: Any) -> int:
+    """How many tokens a chat's template puts before a prompt.
+
+    Args:
+        tokenizer: with the template.
+        message: of a text, the content of the message that is the user's.
+        before: messages that come first, such as the system's.
+        options: of the template.
+    """
+    mark = "prompt"
+    chat = [*before, {"role": "user", "content": message(mark)}]
+    start, *_ = tokenizer.apply_chat_template(chat, tokenize=False, **options).rpartition(mark)
+    return text_length(tokenizer, start)
+
+
+def text_length(tokenizer: Any, text: str) -> int:
+    """How many tokens a text is, without special ones at its start and end."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of images and texts
+    return len(inner(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
 
 def packed(latents: Tensor) -> Tensor:

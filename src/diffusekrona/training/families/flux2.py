@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Family
+from .family import Family, template_length
 
 TEXT_TOKENS = 512
 STEPS = 50
@@ -24,6 +24,14 @@ class Flux2(Family):
     NAME = "FLUX.2"
     DENOISER = "Flux2Transformer2DModel"
     PATCH = 2
+    TOKENS = ("tokenizer", TEXT_TOKENS)
+
+    def taken(self, tokenizer: Any) -> int:
+        """Of the template: klein's is Qwen's, and dev's has the system's message first."""
+        system = getattr(self.pipe, "system_message", None)
+        if system is None:
+            return template_length(tokenizer, str, add_generation_prompt=True, enable_thinking=False)
+        return template_length(tokenizer, _content, {"role": "system", "content": _content(system)})
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of patches."""
@@ -83,6 +91,11 @@ def mu(tokens: int, steps: int = STEPS) -> float:
     """
     few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
     return many if tokens > 4300 else few + (many - few) * (steps - 10) / 190
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    """A text as a message's content."""
+    return [{"type": "text", "text": text}]
 
 
 def _places(device: Any, rows: int = 1, columns: int = 1, last: int = 1) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .family import Family, packed, scheduled_shift, unpacked
+from .family import Family, packed, scheduled_shift, text_length, unpacked
 
 TOKENS = 512
 """Of each prompt, padded and with what follows it in the template."""
@@ -23,6 +25,12 @@ class Krea2(Family):
     PATCH = 2
     VIDEO = True
     TOKENS = ("tokenizer", TOKENS - END)
+
+    def taken(self, tokenizer: Any) -> int:
+        """What is left of the template before the prompt when the pipeline has dropped it."""
+        return text_length(tokenizer, self.pipe.prompt_template_encode_prefix) - int(
+            self.pipe.prompt_template_encode_start_idx
+        )
 
     @property
     def resolution(self) -> int:

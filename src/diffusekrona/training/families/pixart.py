@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ class PixArt(Family):
 
     NAME = "PixArt-α and PixArt-Σ"
     DENOISER = "PixArtTransformer2DModel"
-    TOKENS = ("tokenizer", 300)  # of Σ; α reads 120
 
-    @property
-    def _tokens(self) -> int:
-        """Of each prompt, padded: 120 of α, 300 of Σ."""
-        return int(signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        # Of each prompt, padded: 120 of α, 300 of Σ.
+        self._tokens = int(signature(pipe.encode_prompt).parameters["max_sequence_length"].default)
+        self.TOKENS = ("tokenizer", self._tokens)  # type: ignore[misc]
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """T5's hidden states (prompts, tokens, width), and which tokens are no padding (prompts, tokens).

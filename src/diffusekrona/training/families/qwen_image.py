@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedPipelineError
-from .family import Family, packed, unpacked
+from .family import Family, packed, text_length, unpacked
 
 TOKENS = 512
 """Of a prompt at most, as its pipeline takes it; the template around it is not counted."""
@@ -35,6 +35,12 @@ class QwenImage(Family):
                 f"The transformer of {type(pipe).__name__} has {found[0]}, which those for editing and for layered "
                 "images have. Use the text-to-image model."
             )
+
+    def taken(self, tokenizer: Any) -> int:
+        """What is left of the template before the prompt when the pipeline has dropped it."""
+        return text_length(tokenizer, self.pipe.prompt_template_encode.partition("{}")[0]) - int(
+            self.pipe.prompt_template_encode_start_idx
+        )
 
     @property
     def reduction(self) -> int:

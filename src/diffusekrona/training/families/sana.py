@@ -24,7 +24,11 @@ class Sana(Family):
 
     NAME = "SANA"
     DENOISER = "SanaTransformer2DModel"
-    TOKENS = ("tokenizer", TOKENS - 1)  # the end of the instruction is one of them
+    TOKENS = ("tokenizer", TOKENS - 2)  # the pipeline counts two more, as of the instruction
+
+    def taken(self, tokenizer: Any) -> int:
+        """None: those of the instruction are not counted."""
+        return 0
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

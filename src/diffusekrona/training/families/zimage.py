@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import UnsupportedPipelineError
-from .family import Family
+from .family import Family, template_length
 
 TOKENS = 512
 """Of a prompt at most, as its pipeline takes it."""
@@ -26,6 +26,7 @@ class ZImage(Family):
 
     NAME = "Z-Image"
     DENOISER = "ZImageTransformer2DModel"
+    TOKENS = ("tokenizer", TOKENS)
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -34,6 +35,10 @@ class ZImage(Family):
                 f"The transformer of {type(pipe).__name__} has siglip_feat_dim, which those for editing have. "
                 "Use the text-to-image model."
             )
+
+    def taken(self, tokenizer: Any) -> int:
+        """Of Qwen's template."""
+        return template_length(tokenizer, str, add_generation_prompt=True, enable_thinking=True)
 
     @property
     def reduction(self) -> int:
