@@ -20,25 +20,10 @@ DEFAULT_GUIDANCE = 7.5
 
 
 def generate_images(
-    pipe: Any,
-    prompts: Sequence[str],
-    seed: int | Sequence[int] = 0,
-    *,
-    guidance_scale: float | None = None,
-    steps: int | None = 50,
-    batch_size: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    negative_prompt: str | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    pipe: Any, prompts: Sequence[str], seed: int | Sequence[int] = 0, **options: Any
 ) -> list[Image.Image]:
-    """Generate one image per prompt; see `generated`."""
-    return list(
-        generated(
-            pipe, prompts, seed, guidance_scale=guidance_scale, steps=steps, batch_size=batch_size, height=height,
-            width=width, negative_prompt=negative_prompt, on_step=on_step,
-        )
-    )  # fmt: skip
+    """Generate one image per prompt, all before any is given back; `generated` has the options and the errors."""
+    return list(generated(pipe, prompts, seed, **options))
 
 
 def generated(

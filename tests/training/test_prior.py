@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from diffusekrona.generation import generate_images
+from diffusekrona.training import ImagePlan, load_folder
 from diffusekrona.training.prior import draw_class_images
 from tests.pipelines import tiny_sd_pipeline
 
@@ -57,7 +58,7 @@ def test_what_is_there_counts_and_is_not_drawn_again(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["prompt", "seed", "base"])
-def test_images_of_another_prompt_seed_or_base_are_not_used_again_and_stay(pipe, tmp_path, change):
+def test_images_of_another_prompt_seed_or_base_are_not_used_again_and_stay(pipe, tmp_path, change, caplog):
     first = draw_class_images(pipe, "a toy", tmp_path, 2)
     before = images(tmp_path)
     other = tiny_sd_pipeline(seed=1) if change == "base" else pipe
@@ -67,6 +68,9 @@ def test_images_of_another_prompt_seed_or_base_are_not_used_again_and_stay(pipe,
     assert sorted(first + second) == names(tmp_path)
     assert all(np.array_equal(images(tmp_path)[name], image) for name, image in before.items())
     assert draw_class_images(pipe, "a toy", tmp_path, 2) == first
+    with caplog.at_level("WARNING"):
+        assert len(load_folder(tmp_path, "a toy", ImagePlan(32), only=first)) == 2
+    assert all(f"{name} (not asked for)" in caplog.text for name in second)
 
 
 def test_a_full_folder_is_left_alone_and_no_more_are_used_than_asked_for(pipe, tmp_path):

@@ -29,6 +29,10 @@ from .wordings import all_wordings, drawn_wording
 _log = logging.getLogger(__name__)
 
 
+AsBase = Callable[[], AbstractContextManager[None]]
+"""Makes a pipeline the base's for a while, as if nothing of it were trained."""
+
+
 class _Drawn(NamedTuple):
     """A sample of a batch: latents and noise (channels, height, width), its noise level, and what is said of it."""
 
@@ -38,30 +42,6 @@ class _Drawn(NamedTuple):
     level: int | float
     wording: str
     mask: Tensor | None
-
-
-def _stacked(drawn: Sequence[_Drawn], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents and noise of a batch, each (batch, channels, height, width)."""
-    latents, noise = [one.latents for one in drawn], [one.noise for one in drawn]
-    return torch.stack(latents).to(device), torch.stack(noise).to(device)
-
-
-AsBase = Callable[[], AbstractContextManager[None]]
-"""Makes a pipeline the base's for a while, as if nothing of it were trained."""
-
-
-def _tell_unread(family: Family, images: Sequence[TrainingImage]) -> None:
-    """Log a warning for each prompt that is longer than what the text encoders read."""
-    for prompt, source in {image.prompt: image.source for image in images}.items():
-        if unread := family.unread(prompt):
-            _log.warning("The prompt of %s is longer than %s reads; cut off is: %s", source, family.NAME, unread)
-
-
-def _shrunk(mask: Image.Image, mirrored: bool, latents: Tensor) -> Tensor:
-    """A mask at the size of latents, (1, height, width), from 0 to 1."""
-    shown = ImageOps.mirror(mask) if mirrored else mask
-    small = shown.resize((latents.shape[-1], latents.shape[-2]), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).unsqueeze(0)
 
 
 class Batches:
@@ -124,11 +104,11 @@ class Batches:
     def loss(self, number: int) -> Tensor:
         """Loss of a batch, a float32 scalar with gradients."""
         drawn = [self._draw(sample) for sample in self._share(number)]
-        noisy, timesteps, levels, sizes = self._noisy(drawn)
+        latents, noise, levels = self._stacked(drawn)
         with self._accelerator.autocast():
             text = self._texts([one.wording for one in drawn])
-            prediction = self._family.predict(noisy, timesteps, text, sizes)
-        target = self._objective.target(*_stacked(drawn, noisy.device), levels)
+            prediction = self._family.predict(*self._told(latents, noise, levels), text, self._sizes(drawn))
+        target = self._objective.target(latents, noise, levels)
         errors = self._errors(prediction, target, [one.mask for one in drawn])
         return (self._objective.weights(levels) * errors).mean()
 
@@ -144,22 +124,30 @@ class Batches:
             as_base: makes the pipeline the base's for a while.
         """
         drawn = [self._draw(sample) for sample in self._share(number)]
-        noisy, timesteps, levels, sizes = self._noisy(drawn)
-        prompts = [prompt] * len(drawn)
+        latents, noise, levels = self._stacked(drawn)
+        told, sizes, prompts = self._told(latents, noise, levels), self._sizes(drawn), [prompt] * len(drawn)
         with self._accelerator.autocast():
             with as_base(), torch.no_grad():
-                target = self._family.predict(noisy, timesteps, self._texts(prompts), sizes)
-            prediction = self._family.predict(noisy, timesteps, self._texts(prompts), sizes)
+                target = self._family.predict(*told, self._texts(prompts), sizes)
+            prediction = self._family.predict(*told, self._texts(prompts), sizes)
         errors = self._errors(prediction, target, [None] * len(drawn))
         return (self._objective.weights(levels) * errors).mean()
 
-    def _noisy(self, drawn: Sequence[_Drawn]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, noise levels and sizes of a batch, on the device."""
-        device = self._accelerator.device
-        levels = torch.tensor([one.level for one in drawn], device=device)
-        noisy = self._objective.add_noise(*_stacked(drawn, device), levels).to(self._family.dtype)
-        sizes = torch.tensor([one.image.sizes for one in drawn], dtype=torch.float32, device=device)
-        return noisy, self._objective.timesteps(levels), levels, sizes
+    def _stacked(self, drawn: Sequence[_Drawn]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise of a batch, each (batch, channels, height, width), and its noise levels, on the device."""
+        latents, noise = [one.latents for one in drawn], [one.noise for one in drawn]
+        levels = torch.tensor([one.level for one in drawn], device=self._accelerator.device)
+        return torch.stack(latents).to(levels.device), torch.stack(noise).to(levels.device), levels
+
+    def _told(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents in the denoiser's type, and what it is told of their noise."""
+        noisy = self._objective.add_noise(latents, noise, levels).to(self._family.dtype)
+        return noisy, self._objective.timesteps(levels)
+
+    def _sizes(self, drawn: Sequence[_Drawn]) -> Tensor:
+        """What SDXL is told of a batch's sizes, (batch, 6)."""
+        sizes = [one.image.sizes for one in drawn]
+        return torch.tensor(sizes, dtype=torch.float32, device=self._accelerator.device)
 
     @property
     def marks(self) -> str:
@@ -218,6 +206,20 @@ class Batches:
             return errors.mean(dim=(1, 2, 3))
         shares = torch.stack([torch.ones_like(errors[0, :1]) if mask is None else mask.to(errors) for mask in masks])
         return (errors * shares).mean(dim=(1, 2, 3)) / shares.mean(dim=(1, 2, 3)).clamp(min=1e-6)
+
+
+def _tell_unread(family: Family, images: Sequence[TrainingImage]) -> None:
+    """Log a warning for each prompt that is longer than what the text encoders read."""
+    for prompt, source in {image.prompt: image.source for image in images}.items():
+        if unread := family.unread(prompt):
+            _log.warning("The prompt of %s is longer than %s reads; cut off is: %s", source, family.NAME, unread)
+
+
+def _shrunk(mask: Image.Image, mirrored: bool, latents: Tensor) -> Tensor:
+    """A mask at the size of latents, (1, height, width), from 0 to 1."""
+    shown = ImageOps.mirror(mask) if mirrored else mask
+    small = shown.resize((latents.shape[-1], latents.shape[-2]), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).unsqueeze(0)
 
 
 def free_encoders(pipe: Any, config: TrainingConfig) -> None:

@@ -144,6 +144,7 @@ def load_folder(
         common = part.prompt if prompt is None else prompt
         for path in part.images:
             if only is not None and path.name not in only:
+                passed_over.append(f"{path.name} (not asked for)")
                 continue
             read = partial(_read, path, captions.by_name.get(path.name, common), part.masks.get(path))
             found.append(_Source(str(path), read, part.repeats))

@@ -98,12 +98,13 @@ def _no_matter(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Done:
-    """A training whose adapter is saved."""
+    """A training whose adapter is saved: what came of it, the pipeline's class, and the subject's images, each once."""
 
     result: TrainingResult
     report: KronAReport
     saved: list[Path]
     pipeline: str
+    images: list[Image.Image]
 
 
 def _train(
@@ -111,7 +112,6 @@ def _train(
 ) -> _Done:
     data, adapter = settings.data, settings.adapter.config()
     pipe = _base(settings)
-    pipe.set_progress_bar_config(disable=True)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
@@ -148,7 +148,8 @@ def _train(
         observers.close()
     facts = {"ss_steps": str(result.steps), "ss_learning_rate": str(settings.training.learning_rate)}
     saved = output.save(pipe, facts) if writes else []
-    return _Done(result, krona_report(pipe), saved, type(pipe).__name__)
+    pictures = {image.source: image.image for image in images}
+    return _Done(result, krona_report(pipe), saved, type(pipe).__name__, list(pictures.values()))
 
 
 class _Observers:
@@ -186,10 +187,10 @@ class _Observers:
                 self._trackers.step(done)
         if not self._prompts or (done.step % self._every and done.step != done.steps):
             return
+        images: list[Image.Image] | None = None
         if sharding_of(AcceleratorState()) is not None:
             images = self._drawn(done)  # in every process, as the first one needs the weights that are in the others
         elif self._writes:
-            images = None
             with self._once("The validation prompts could not be drawn"):
                 images = self._drawn(done)
         if self._trackers is not None and images is not None:
@@ -217,9 +218,9 @@ class _Observers:
 
 
 def _base(settings: Settings) -> Any:
-    """The base as the settings say."""
+    """The base as the settings say, without progress bars."""
     data = settings.data
-    return load_base(
+    pipe = load_base(
         data.pretrained_model_name_or_path,
         getattr(torch, settings.base_dtype),
         settings.quantization,
@@ -228,20 +229,19 @@ def _base(settings: Settings) -> Any:
         vae=data.pretrained_vae_model_name_or_path,
         configs=data.base_configs,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _scored(settings: Settings, output: Output, done: _Done) -> Mapping[str, str]:
     """Score the adapters of saved steps and the last one; a row for each of the report's table."""
     chosen, device = settings.output, this_process().device
     encoders = Encoders(chosen.clip, chosen.dino, device=device)
-    pipe = _base(settings).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     found = score_adapters(
-        pipe,
+        _base(settings).to(device),
         [*(file for file in output.step_files if file != output.step_file(done.result.steps)), done.saved[0]],
         chosen.validation_prompt,
-        [image.image for image in training_images(settings, plan.replace(repeats=1))],
+        done.images,
         encoders,
         seed=settings.training.seed,
         steps=chosen.validation_inference_steps,
