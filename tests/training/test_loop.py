@@ -234,6 +234,12 @@ def test_a_weight_that_is_not_a_number_at_the_end_is_an_error():
         train(pipe, factors, on_step=spoil)
 
 
+def test_guidance_is_not_dropped_in_silence_where_a_base_cannot_be_told_of_it():
+    pipe, factors = adapted(**SMALL)
+    with pytest.raises(TrainingConfigError, match=r"guidance_scale is told to bases .* UNet2DConditionModel was not"):
+        train(pipe, factors, QUICK.replace(guidance_scale=3.5))
+
+
 def test_fp16_on_a_cpu_is_refused_and_later_runs_are_not_affected(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     pipe, factors = adapted()

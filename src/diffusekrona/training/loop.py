@@ -158,6 +158,11 @@ def fit(
         TrainingInterrupted: the user stopped it; it can be resumed if it has a folder.
     """
     family = family_of(pipe)
+    if config.guidance_scale != 1 and not family.denoiser.config.get("guidance_embeds"):
+        raise TrainingConfigError(
+            "guidance_scale is told to bases that were distilled for it, and this "
+            f"{type(family.denoiser).__name__} was not. Leave it out."
+        )
     family.guidance = config.guidance_scale
     check_optimizer(config)
     if not parameters:
