@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,31 @@ from .compat import (
     padding_of,
 )
 from .fields import Init
-from .merged import MergedWeight
+from .merged import MergedWeight, Terms
 from .quantized import Original
 
-if TYPE_CHECKING:
-    from .projections import FusedRows
+
+class WeightCopy(Protocol):
+    """A copy of a layer's weight that is called in its place, such as rows of a fused projection."""
+
+    @property
+    def linear(self) -> Any:
+        """The layer that has the copy."""
+
+    def check(self, terms: Terms) -> None:
+        """Raise `MergeError` if the copy cannot hold these terms."""
+
+    def check_undoable(self) -> None:
+        """Raise `MergeError` if the copy was cast while merged."""
+
+    def set(self, terms: Terms) -> None:
+        """Make these terms those that the copy holds."""
+
+    def fold(self, terms: Terms) -> None:
+        """`set` for good."""
+
+    def remove(self) -> None:
+        """Add updates no more."""
 
 
 class Factors(nn.ParameterDict):
@@ -91,7 +111,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.layout: dict[str, Layout] = {}
         self.merged_adapters: list[str] = []
         self._weight = MergedWeight()
-        self.fused_rows: FusedRows | None = None
+        self.fused_rows: WeightCopy | None = None
 
     def update_layer(
         self,
