@@ -313,7 +313,17 @@ def test_what_the_adapter_does_not_need_never_costs_it(
     assert said in told
 
 
-@pytest.mark.parametrize("prompt", ["for $5 and a $10 bill", "$x_{1$", "\\frac{5} & $10_^ %", "<b>[bold]{x}"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "for $5 and a $10 bill",
+        "$x_{1$",
+        "\\frac{5} & $10_^ %",
+        "<b>[bold]{x}",
+        "costs $\\frac{5} & $10_^ % a day",
+        "犬",
+    ],
+)
 def test_a_prompt_is_text_and_nothing_else(place: Path, tmp_path: Path, caplog: Any, prompt: str) -> None:
     run(settings(place, tmp_path / "toy", instance_prompt=prompt, validation_prompt=[prompt], max_train_steps=1))
     assert (tmp_path / "toy" / "run" / "validation" / "sheet.png").is_file()

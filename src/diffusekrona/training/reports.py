@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class Validation:
                 axes.set(xticks=[], yticks=[])
             row[0].set_ylabel(f"step {step}")
         for prompt, axes in zip(self._prompts, grid[0], strict=True):
-            axes.set_title(prompt, fontsize=8, wrap=True, parse_math=False)
+            axes.set_title(fill(prompt, 36), fontsize=8, parse_math=False)
         return figure_png(figure)
 
 
