@@ -21,7 +21,7 @@ from .captions import training_caption
 from .training import Run, mixed, note, pick_device, random_of, worker
 
 BATCH = 64
-STEPS = 28_000
+STEPS = 24_000
 SCHEDULE = (7e-4, 0.02, 300)
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
@@ -31,16 +31,19 @@ DRAW = 250  # latents drawn at once when the pool is filled
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Stable Diffusion XL's layout in small."""
+    """Stable Diffusion XL's layout in small: no attention at the finest level, two blocks of it below.
+
+    With attention at 16 x 16, too, a step takes over twice the time.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=vae_stage.CHANNELS,
         out_channels=vae_stage.CHANNELS,
         block_out_channels=(96, 192, 192),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        transformer_layers_per_block=1,
+        transformer_layers_per_block=(1, 2, 1),
         attention_head_dim=(2, 6, 6),  # diffusers reads this as the number of heads
         cross_attention_dim=2 * text_stage.WIDTH,
         norm_num_groups=16,
@@ -172,9 +175,10 @@ def optimise() -> None:
     alphas = build_scheduler().alphas_cumprod
     vae = vae_stage.load().to(device)
     pool = LatentPool(vae, model.text, random_of(run.step + 2**30), POOL // workers)
+    compiled = Model(torch.compile(model.unet), model.text)  # a third faster on a CPU, after two minutes of compiling
 
     def loss_at(rng: np.random.Generator) -> Tensor:
-        return diffusion_loss(model, *pool.batch(BATCH // workers, FRESH // workers, rng), alphas)
+        return diffusion_loss(compiled, *pool.batch(BATCH // workers, FRESH // workers, rng), alphas)
 
     with attention_for(device):
         run.fit(loss_at, lambda: look(model, vae), look_every=1000)
