@@ -2,7 +2,10 @@
 
 import base64
 import re
+import shlex
+import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
 from diffusekrona import load_krona
 from diffusekrona.base import load_base
-from diffusekrona.errors import KronAError
+from diffusekrona.cli import app
+from diffusekrona.errors import AdapterFileError, KronAError
+from diffusekrona.files.inspect import inspect_file
 from diffusekrona.training import CheckpointError, TrainingConfigError, TrainingStep
 from diffusekrona.training.export import export_checkpoint
 from diffusekrona.training.reports import loss_curve
@@ -352,6 +358,19 @@ def test_a_checkpoint_is_exported_as_the_adapter_that_it_is_of(
     for number, source in enumerate((outcome.saved[0], outcome.page.parent, outcome.page.parent / "checkpoints")):
         assert export_checkpoint(source, tmp_path / str(number) / target) == 4
         assert same(factors(tmp_path / str(number) / target), factors(outcome.saved[0]))
+
+
+def test_a_checkpoint_that_is_taken_for_an_adapter_says_how_to_make_one(place: Path, tmp_path: Path) -> None:
+    outcome = run(settings(place, tmp_path / "toy"))
+    checkpoint = outcome.page.parent / "checkpoints" / "step-00000004.safetensors"
+    for reads in (inspect_file, partial(load_krona, tiny_sd_pipeline())):
+        with pytest.raises(AdapterFileError, match="is a checkpoint of a run") as caught:
+            reads(checkpoint)
+        (command,) = re.findall("`diffusekrona (.*)`", str(caught.value))
+        told = CliRunner().invoke(app, shlex.split(command.replace("OUTPUT", str(tmp_path / "made"))))
+        assert told.exit_code == 0, told.output
+        assert same(factors(tmp_path / "made"), factors(outcome.saved[0]))
+        shutil.rmtree(tmp_path / "made")
 
 
 def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,9 +135,19 @@ def opened(source: Path) -> dict[str, TensorFile]:
     A folder may hold PEFT's `adapter_model.safetensors`, itself or in a folder for each component, or one other file.
 
     Raises:
-        AdapterFileError: nothing to read, a pickle, or a damaged file.
+        AdapterFileError: nothing to read, a pickle, a damaged file, or a checkpoint of a training run.
     """
-    return {part: TensorFile(path, *read_safetensors(path)) for part, path in _files_of(source).items()}
+    return {part: _opened(path) for part, path in _files_of(source).items()}
+
+
+def _opened(path: Path) -> TensorFile:
+    tensors, metadata = read_safetensors(path)
+    if {"run", "sha256"} <= metadata.keys():
+        raise AdapterFileError(
+            f"{path} is a checkpoint of a run, from which it goes on. `diffusekrona export {shlex.quote(str(path))} "
+            "OUTPUT` makes an adapter of it."
+        )
+    return TensorFile(path, tensors, metadata)
 
 
 def _files_of(source: Path) -> dict[str, Path]:
