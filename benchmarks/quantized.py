@@ -23,7 +23,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona
-from diffusekrona.quantization import PACKAGES
+from diffusekrona.bases.quantization import PACKAGES
 
 from .measuring import Shape, median_ratio, timed_in_turns
 

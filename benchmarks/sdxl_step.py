@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from diffusekrona import architectures
+from diffusekrona.bases import architectures
 
 from .measuring import median_ratio, timed_in_turns
 from .methods import METHODS, Method

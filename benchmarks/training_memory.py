@@ -177,7 +177,7 @@ def save_large_base(folder: Path) -> None:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from diffusekrona.architectures import build
+    from diffusekrona.bases.architectures import build
 
     torch.manual_seed(0)
     small = StableDiffusionXLPipeline.from_pretrained(SMALL)

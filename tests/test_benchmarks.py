@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.measuring import Shape
 from benchmarks.quantized import OURS, measure, report
-from diffusekrona.quantization import PACKAGES
+from diffusekrona.bases.quantization import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ from diffusekrona import (
     unload_krona,
     unmerge_krona,
 )
-from diffusekrona.architectures import build
+from diffusekrona.bases.architectures import build
 from diffusekrona.tuner.injected import krona_layers
 
 PARAMETERS = 3_874_560

@@ -11,11 +11,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusekrona.architectures import build, build_pipeline
-from diffusekrona.base import load_base
+from diffusekrona.bases.architectures import build, build_pipeline
+from diffusekrona.bases.loading import load_base
 from diffusekrona.errors import ConfigError
 from diffusekrona.generation import generate_images
-from diffusekrona.images import image_paths
+from diffusekrona.inputs.images import image_paths
 from diffusekrona.schema import read_mapping
 from diffusekrona.storage import read_safetensors
 from diffusekrona.training.config import TrainingConfig

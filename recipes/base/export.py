@@ -5,7 +5,7 @@ import json
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from diffusekrona.base import config_in_float32
+from diffusekrona.bases.loading import config_in_float32
 
 from . import unet as unet_stage
 from . import vae as vae_stage

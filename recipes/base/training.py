@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from diffusekrona.base import config_in_float32
+from diffusekrona.bases.loading import config_in_float32
 
 from .art import CACHE
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusekrona.base import load_base
+from diffusekrona.bases.loading import load_base
 from diffusekrona.errors import KronAError
 from diffusekrona.generation import generate_images
 from diffusekrona.kron.exact import Restoration

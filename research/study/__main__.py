@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
-from diffusekrona.base import default_device
+from diffusekrona.bases.loading import default_device
 from diffusekrona.cli import Commands
 from diffusekrona.cli.progress import progress
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusekrona.base import default_device, load_base
+from diffusekrona.bases.loading import default_device, load_base
 from diffusekrona.evaluation.encoders import Encoders
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
 from diffusekrona.generation import generate_images

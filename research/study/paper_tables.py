@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusekrona.architectures import build_pipeline
+from diffusekrona.bases.architectures import build_pipeline
 from diffusekrona.errors import KronAError
 from diffusekrona.tuner.config import KronAConfig
 from diffusekrona.tuner.targets import target_layers

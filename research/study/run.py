@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusekrona.errors import KronAError
-from diffusekrona.images import figure_png
+from diffusekrona.inputs.images import figure_png
 from diffusekrona.storage import write_whole
 
 from ..methods import method_from

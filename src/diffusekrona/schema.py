@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationEr
 from pydantic.fields import FieldInfo
 
 from .errors import KronAError
-from .texts import read_text
+from .inputs.texts import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib

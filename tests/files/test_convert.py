@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, krona_report, load_krona, merge_file, save_krona, unload_krona
-from diffusekrona.architectures import build_pipeline
-from diffusekrona.base import BaseModelError
+from diffusekrona.bases.architectures import build_pipeline
+from diffusekrona.bases.loading import BaseModelError
 from diffusekrona.errors import AdapterFileError, FactorShapeError, KronAError
 from diffusekrona.files.convert import Target, approximated, components_for, convert
 from diffusekrona.files.extract import Difference, FolderWeights, extract

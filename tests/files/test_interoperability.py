@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, load_krona, merge_file, merge_krona, save_krona, unmerge_krona
-from diffusekrona.architectures import build_pipeline
+from diffusekrona.bases.architectures import build_pipeline
 from diffusekrona.errors import AdapterFileError, MergeError
 from diffusekrona.files.formats.krona import SavedAdapter
 from diffusekrona.files.write import foreign_bytes

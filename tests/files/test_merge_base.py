@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusekrona import KronAConfig, inject_krona, merge_file, save_krona, unload_krona
-from diffusekrona.architectures import build_pipeline
-from diffusekrona.base import BaseModelError
+from diffusekrona.bases.architectures import build_pipeline
+from diffusekrona.bases.loading import BaseModelError
 from diffusekrona.errors import AdapterFileError, MergeError
 from diffusekrona.files.layouts.unet import original_names
 from diffusekrona.files.merge_base import checkpoint_layers, folder_components, merge_into_files

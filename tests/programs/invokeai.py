@@ -110,7 +110,7 @@ def unet(**config: Any) -> nn.Module:
 
 
 def sdxl_unet() -> nn.Module:
-    from diffusekrona.architectures import _SDXL_UNET
+    from diffusekrona.bases.architectures import _SDXL_UNET
 
     return unet(**{**_SDXL_UNET, "block_out_channels": (32, 64, 64), "attention_head_dim": 4})
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusekrona.architectures import build, build_pipeline
+from diffusekrona.bases.architectures import build, build_pipeline
 from diffusekrona.files.formats.krona import SavedAdapter
 from diffusekrona.files.layouts.unet import original_names
 from diffusekrona.files.merge_base import merge_into_files

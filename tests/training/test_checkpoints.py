@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusekrona import inject_krona, unload_krona
 from diffusekrona import storage as files
-from diffusekrona.base import load_base
+from diffusekrona.bases.loading import load_base
 from diffusekrona.training import CheckpointError, Checkpoints, read_checkpoint
 from diffusekrona.training.checkpoints import base_identity
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline

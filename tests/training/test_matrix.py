@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusekrona import load_krona, unload_krona
-from diffusekrona.base import load_base
+from diffusekrona.bases.loading import load_base
 from diffusekrona.errors import ConfigError, KronAError
 from diffusekrona.training import DatasetError, TrainingConfigError, UnsupportedPipelineError
 from diffusekrona.training.families import family_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusekrona.base import load_base
+from diffusekrona.bases.loading import load_base
 from diffusekrona.training import TrainingConfigError, offload
 from diffusekrona.training.families import family_of
 from diffusekrona.training.offload import blocks_of, offloaded

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from diffusekrona import KronAConfig, inject_krona
-from diffusekrona.base import BaseModelError
+from diffusekrona.bases.loading import BaseModelError
 from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.batches import Batches, text_encoders
 from diffusekrona.training.families import family_of

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from PIL import Image
 
 from diffusekrona import KronAConfig, inject_krona, krona_report
-from diffusekrona.architectures import build
+from diffusekrona.bases.architectures import build
 from diffusekrona.training.plan import plan
 from diffusekrona.training.settings import Settings, read_settings
 from tests.pipelines import FAMILIES

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from diffusekrona import load_krona
-from diffusekrona.base import load_base
+from diffusekrona.bases.loading import load_base
 from diffusekrona.cli import app
 from diffusekrona.errors import AdapterFileError, KronAError
 from diffusekrona.files.inspect import inspect_file

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusekrona import KronAConfig, inject_krona, load_krona, merge_krona, save_krona
-from diffusekrona.architectures import build
+from diffusekrona.bases.architectures import build
 from diffusekrona.errors import ConfigError
 from diffusekrona.kron.shapes import stacked
 from diffusekrona.tuner.injected import krona_layers

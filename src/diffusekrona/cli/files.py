@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..architectures import PIPELINES
+from ..bases.architectures import PIPELINES
 from ..errors import KronAError
 from ..files.formats import Format
 from ..files.unused import AlphaOfWhole, OnUnused, Reading

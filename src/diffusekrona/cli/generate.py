@@ -10,7 +10,7 @@ import typer
 from rich.progress import MofNCompleteColumn
 
 from ..errors import KronAError
-from ..texts import read_text
+from ..inputs.texts import read_text
 from ..training.settings import DataSettings, DType
 from .console import print_line
 from .options import help_of
@@ -68,10 +68,10 @@ def generate(
     ] = None,
 ) -> None:
     """Generate images from prompts, with or without an adapter."""
-    from ..base import load_base
-    from ..captions import write_metadata
+    from ..bases.loading import load_base
     from ..generation import generated
-    from ..images import image_png
+    from ..inputs.captions import write_metadata
+    from ..inputs.images import image_png
     from ..storage import write_whole
 
     asked = _prompts(prompt or [], prompts_file)
@@ -114,7 +114,7 @@ def chosen_device(name: str | None) -> torch.device:
     """The device of that name, or else a GPU if there is one."""
     import torch
 
-    from ..base import default_device
+    from ..bases.loading import default_device
 
     return torch.device(name) if name else default_device()
 

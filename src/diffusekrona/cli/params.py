@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..architectures import ARCHITECTURES
+from ..bases.architectures import ARCHITECTURES
 from ..training.settings import AdapterSettings
 from .console import console
 from .options import flags_of, with_flags
@@ -25,8 +25,8 @@ def params(
     """Count what an adapter would train, without weights: shapes, parameters, ranks, cost, LoRA beside it."""
     import torch
 
-    from ..architectures import build
-    from ..base import load_base
+    from ..bases.architectures import build
+    from ..bases.loading import load_base
     from ..pipeline import inject_krona
     from ..report import krona_report
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import EvaluationError
-from ..images import read_image, upright_rgb
+from ..inputs.images import read_image, upright_rgb
 from . import metrics
 from .encoders import ClipEncoder, DinoEncoder, Encoders
 from .folders import ImageFolders

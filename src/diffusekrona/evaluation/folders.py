@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..captions import read_prompts
 from ..errors import DatasetError, EvaluationError
-from ..images import image_paths, is_image
+from ..inputs.captions import read_prompts
+from ..inputs.images import image_paths, is_image
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_subjects(real: str | Path, generated: str | Path, drop_words: Sequence[
 
     Args:
         real: of photographs.
-        generated: of generated images with their prompts, as `diffusekrona.captions.read_prompts` finds them.
+        generated: of generated images with their prompts, as `diffusekrona.inputs.captions.read_prompts` finds them.
         drop_words: words to leave out of the prompts, such as the identifier "sks", which CLIP does not know.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..architectures import PIPELINES, build_pipeline
+from ..bases.architectures import PIPELINES, build_pipeline
 from ..errors import AdapterFileError, FactorShapeError, KronAError
 from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
 from ..kron.shapes import fewest_parameters, packed, stacked

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..base import BaseModelError
+from ..bases.loading import BaseModelError
 from ..kron.exact import arithmetic_dtype
 from ..storage import read_names
 from ..tuner.config import KronAConfig

@@ -17,8 +17,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..architectures import build_pipeline
-from ..base import BaseModelError, config_in_float32
+from ..bases.architectures import build_pipeline
+from ..bases.loading import BaseModelError, config_in_float32
 from ..errors import MergeError
 from ..kron.exact import MERGEABLE_DTYPES
 from ..storage import open_safetensors, read_names

@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 
-from ..captions import read_captions
 from ..errors import DatasetError, TrainingConfigError
-from ..images import NO_IMAGE, UnreadableImageError, read_image, upright_alpha, upright_rgb
+from ..inputs.captions import read_captions
+from ..inputs.images import NO_IMAGE, UnreadableImageError, read_image, upright_alpha, upright_rgb
 from .config import ImageSettings
 from .image_folder import image_folders
 from .randomness import generator_for

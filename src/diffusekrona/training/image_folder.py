@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..captions import CAPTION_SUFFIXES, TABLES
 from ..errors import DatasetError
-from ..images import is_image
+from ..inputs.captions import CAPTION_SUFFIXES, TABLES
+from ..inputs.images import is_image
 
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _MASK = re.compile(r"(.+)(-masklabel|\.mask)")

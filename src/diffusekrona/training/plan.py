@@ -19,11 +19,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..architectures import default_dtype
-from ..base import BaseModelError, base_configs
+from ..bases.architectures import default_dtype
+from ..bases.loading import BaseModelError, base_configs
+from ..bases.quantization import BYTES
 from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
-from ..quantization import BYTES
 from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
 from .batches import text_encoders
 from .config import ENCODER_RATES, TrainingConfig

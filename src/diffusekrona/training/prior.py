@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..generation import generate_images
-from ..images import image_png, is_image
+from ..inputs.images import image_png, is_image
 from ..storage import write_whole
 from .checkpoints import base_identity
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import TrainingConfigError
 from ..generation import generate_images
-from ..images import figure_png, image_png
+from ..inputs.images import figure_png, image_png
 from ..storage import write_whole
 from .loop import TrainingStep
 from .runtime import modes_kept

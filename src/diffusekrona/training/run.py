@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from ..base import load_base
+from ..bases.loading import load_base
 from ..errors import TrainingInterrupted
 from ..evaluation import Encoders
 from ..report import KronAReport, krona_report

@@ -10,9 +10,9 @@ import yaml
 from pydantic import BeforeValidator, Field, Strict, model_validator
 from pydantic.fields import FieldInfo
 
+from ..bases.quantization import Quantization
 from ..errors import TrainingConfigError
 from ..evaluation import CLIP, DINO
-from ..quantization import Quantization
 from ..schema import FilePath, SettingsModel, read_mapping, short_name, unknown
 from ..tuner.fields import FIELDS, Init
 from .config import ImageSettings, TrainingConfig, TrainingSettings

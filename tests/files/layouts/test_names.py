@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from diffusekrona import KronAConfig, architectures, inject_krona
+from diffusekrona import KronAConfig, inject_krona
+from diffusekrona.bases import architectures
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.formats import foreign
 from diffusekrona.files.layouts.layout import Part

@@ -25,7 +25,7 @@ from peft.tuners.lokr import LoKrLayer
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from diffusekrona import architectures
+from diffusekrona.bases import architectures
 from diffusekrona.errors import AdapterFileError
 from diffusekrona.files.layouts.names import resolve
 from diffusekrona.files.layouts.programs import (

@@ -11,7 +11,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from diffusekrona import load_krona
-from diffusekrona.architectures import build_pipeline
+from diffusekrona.bases.architectures import build_pipeline
 from diffusekrona.storage import read_safetensors
 from research.methods import CustomDiffusion, FullDreamBooth, KronA, LoHa, LoKr, LoRA, MethodError, SVDiff
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline

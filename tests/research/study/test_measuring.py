@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from diffusekrona import KronAConfig
-from diffusekrona.base import load_base
+from diffusekrona.bases.loading import load_base
 from diffusekrona.errors import KronAError
 from diffusekrona.evaluation import Encoders
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
 from diffusekrona.generation import generate_images
-from diffusekrona.images import read_image
+from diffusekrona.inputs.images import read_image
 from diffusekrona.training import TrainingConfig, train_dreambooth
 from diffusekrona.training.data import ImagePlan, load_folder
 from diffusekrona.training.dreambooth import training_resolution

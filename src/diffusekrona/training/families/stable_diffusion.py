@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedPipelineError
-from ...prompts import chunks_needed, encode_in_chunks
+from ...generation.prompts import chunks_needed, encode_in_chunks
 from .family import Family
 
 

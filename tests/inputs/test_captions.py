@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusekrona.captions import read_captions, read_prompts, write_metadata
 from diffusekrona.errors import DatasetError
+from diffusekrona.inputs.captions import read_captions, read_prompts, write_metadata
 
 
 @pytest.fixture

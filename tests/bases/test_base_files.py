@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusekrona.base import BaseModelError, load_base
+from diffusekrona.bases.loading import BaseModelError, load_base
 from diffusekrona.files.layouts.names import with_text_model
 from diffusekrona.files.layouts.unet import original_names
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -154,7 +154,8 @@ def test_options_that_are_not_for_a_base_of_its_kind_are_refused(folder: Path, c
 def test_a_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
     monkeypatch.setattr(
-        "diffusekrona.base.DiffusionPipeline.from_pretrained", lambda name, **options: asked.update(options, name=name)
+        "diffusekrona.bases.loading.DiffusionPipeline.from_pretrained",
+        lambda name, **options: asked.update(options, name=name),
     )
     load_base("owner/name", revision="v2", variant="fp16")
     assert {key: asked[key] for key in ("name", "revision", "variant")} == {

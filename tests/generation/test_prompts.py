@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusekrona.generation import generate_images
-from diffusekrona.prompts import chunks_needed, encode_in_chunks
+from diffusekrona.generation.prompts import chunks_needed, encode_in_chunks
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusekrona.captions import METADATA, read_captions, read_prompts
+from diffusekrona.inputs.captions import METADATA, read_captions, read_prompts
 from tests.refusals import refusal
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .errors import KronAError
+from ..errors import KronAError
 from .prompts import chunks_needed, encode_in_chunks
 
 DEFAULT_GUIDANCE = 7.5

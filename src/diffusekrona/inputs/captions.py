@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DatasetError
+from ..errors import DatasetError
+from ..storage import write_whole
 from .images import image_paths
-from .storage import write_whole
 from .texts import read_text
 
 METADATA = "metadata.jsonl"

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from .errors import KronAError
+from ..errors import KronAError
 from .quantization import Quantization, after_loading, index_of, on_loading
 
 

@@ -7,7 +7,8 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
-from diffusekrona import KronAConfig, architectures, inject_krona, krona_report
+from diffusekrona import KronAConfig, inject_krona, krona_report
+from diffusekrona.bases import architectures
 from diffusekrona.errors import KronAError
 from diffusekrona.kron.shapes import krona_parameters, loha_parameters, lokr_parameters, lora_parameters
 from diffusekrona.tuner.targets import target_layers

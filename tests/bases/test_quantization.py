@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from diffusekrona import load_krona
-from diffusekrona.base import load_base
-from diffusekrona.quantization import PACKAGES, Quantization, QuantizationError
+from diffusekrona.bases.loading import load_base
+from diffusekrona.bases.quantization import PACKAGES, Quantization, QuantizationError
 from diffusekrona.training import TrainingConfigError
 from diffusekrona.training.plan import plan
 from diffusekrona.training.run import run
@@ -109,7 +109,7 @@ def test_quantized_training_starts_at_about_the_loss_of_the_plain_one(kind, plac
 def test_a_missing_package_is_named_with_how_to_install_it(kind, part, place, tmp_path, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(
-        "diffusekrona.quantization.find_spec", lambda name: None if name == PACKAGES[kind] else there(name)
+        "diffusekrona.bases.quantization.find_spec", lambda name: None if name == PACKAGES[kind] else there(name)
     )
     with pytest.raises(QuantizationError, match=f"{kind} needs {PACKAGES[kind]}: pip install {PACKAGES[kind]}"):
         run(settings(place[0], tmp_path / "out", **{part: kind}))

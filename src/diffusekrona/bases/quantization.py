@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import KronAError
+from ..errors import KronAError
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class Quantization(NamedTuple):
 
     def of(self, component: str) -> str | None:
         """The format of a pipeline's component."""
-        from .tuner.names import DENOISERS  # which loads torch; settings are read without
+        from ..tuner.names import DENOISERS  # which loads torch; settings are read without
 
         if component.startswith("text_encoder"):
             return self.text_encoders

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusekrona.base import BaseModelError, config_in_float32, load_base
+from diffusekrona.bases.loading import BaseModelError, config_in_float32, load_base
 from diffusekrona.errors import KronAError
 from tests.pipelines import tiny_sd_pipeline
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import KronAError
+from ..errors import KronAError
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""Base models: loading one, quantizing it meanwhile, and known architectures without weights."""

@@ -1,0 +1,1 @@
+"""What people give: pictures, their captions, and text files as editors leave them."""
