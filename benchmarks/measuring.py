@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,22 +27,29 @@ class Shape:
 
 
 class Step:
-    """Forward and backward of one layer under one method. The input asks for a gradient, as inside a network.
+    """Forward and backward of one layer. The input asks for a gradient, as inside a network.
 
-    Every method gets the same weight and input.
+    Args:
+        layer: a base layer under one method.
+        x: the input.
+        output_gradient: of the layer's output.
+        frozen: weights that are not the layer's parameters, but are there all the same.
+        half: whether bfloat16 is computed in, by autocast.
     """
 
-    def __init__(self, method: Method, weight: Tensor, x: Tensor, output_gradient: Tensor) -> None:
-        base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        self.layer = method(base)
-        self.weight = base.weight
+    def __init__(
+        self, layer: nn.Module, x: Tensor, output_gradient: Tensor, frozen: Sequence[Tensor] = (), half: bool = False
+    ) -> None:
+        self.layer, self.output_gradient, self.frozen, self.half = layer, output_gradient, frozen, half
         self.x = x.detach().requires_grad_()
-        self.output_gradient = output_gradient
 
     def __call__(self) -> None:
         self._clear()
-        self.layer(self.x).backward(self.output_gradient)
+        self._forward().backward(self.output_gradient)
+
+    def _forward(self) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            return self.layer(self.x)
 
     def _clear(self) -> None:
         for tensor in (self.x, *self.layer.parameters()):
@@ -50,18 +57,22 @@ class Step:
 
     def saved_bytes(self) -> int:
         """Bytes that the forward pass keeps for the backward pass, parameters left out."""
-        parameters = [self.weight, *self.layer.parameters()]
-        own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        own = {
+            part.untyped_storage().data_ptr()
+            for whole in (*self.frozen, *self.layer.parameters())
+            for part in parts_of(whole)
+        }
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            for part in parts_of(tensor):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = self.layer(self.x)
+            y = self._forward()
         del y
         return sum(kept.values())
 
@@ -70,7 +81,7 @@ class Step:
         self()
         self._clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.layer(self.x).backward(self.output_gradient)
+            self._forward().backward(self.output_gradient)
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
@@ -79,12 +90,24 @@ class Step:
         return peak
 
 
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor consists of: itself, or what a quantized one holds."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
 def steps(methods: Mapping[str, Method], shape: Shape) -> dict[str, Step]:
-    """A step for each method on one shape."""
+    """A step for each method on one shape, all with the same weight and input."""
     torch.manual_seed(0)
-    weight = torch.randn(shape.d, shape.h) / shape.h**0.5
+    weight = nn.Parameter(torch.randn(shape.d, shape.h) / shape.h**0.5, requires_grad=False)
     x, output_gradient = torch.randn(1, shape.tokens, shape.h), torch.randn(1, shape.tokens, shape.d)
-    return {name: Step(method, weight, x, output_gradient) for name, method in methods.items()}
+    found = {}
+    for name, method in methods.items():
+        base = nn.Linear(shape.h, shape.d, bias=False, device="meta")
+        base.weight = weight
+        found[name] = Step(method(base), x, output_gradient, [weight])
+    return found
 
 
 def timed_in_turns(actions: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

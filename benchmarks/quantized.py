@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 
 from diffusekrona import KronAConfig, inject_krona
 from diffusekrona.bases.quantization import PACKAGES
 
-from .measuring import Shape, median_ratio, timed_in_turns
+from .measuring import Shape, Step, median_ratio, timed_in_turns
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = (
@@ -54,21 +54,6 @@ def quantized(layer: nn.Linear, kind: str) -> nn.Sequential:
     return model.requires_grad_(False)
 
 
-class Step:
-    """Forward and backward of a model of one layer."""
-
-    def __init__(self, model: nn.Module, x: Tensor, output_gradient: Tensor) -> None:
-        self.model, self.output_gradient = model, output_gradient
-        self.x = x.detach().requires_grad_()
-
-    def __call__(self) -> None:
-        for tensor in (self.x, *self.model.parameters()):
-            tensor.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
-            y = self.model(self.x)
-        y.backward(self.output_gradient)
-
-
 def steps(shape: Shape, kind: str) -> dict[str, Step]:
     """Of each method, over the same weight."""
     torch.manual_seed(0)
@@ -77,18 +62,20 @@ def steps(shape: Shape, kind: str) -> dict[str, Step]:
     frozen, ours, theirs = (quantized(copy.deepcopy(layer), kind) for _ in range(3))
     inject_krona(ours, KronAConfig(a1=4, a2=64, target_modules=["0"], init_b="normal"))
     inject_adapter_in_model(LoraConfig(r=32, lora_alpha=32, target_modules=["0"], init_lora_weights=False), theirs)
-    return {name: Step(m, x, gradient) for name, m in {FLOOR: frozen, OURS: ours, THEIRS: theirs}.items()}
+    return {name: Step(m, x, gradient, half=True) for name, m in {FLOOR: frozen, OURS: ours, THEIRS: theirs}.items()}
 
 
 def measure(shape: Shape, kind: str, rounds: int) -> dict[str, Any]:
     """All methods on one shape in one format."""
-    seconds = timed_in_turns(steps(shape, kind), rounds)
+    actions = steps(shape, kind)
+    seconds = timed_in_turns(actions, rounds)
     return {
         "shape": shape.__dict__,
         "kind": kind,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "to_frozen": {name: median_ratio(times, seconds[FLOOR]) for name, times in seconds.items()},
         "to_lora": median_ratio(seconds[OURS], seconds[THEIRS]),
+        "saved_bytes": {name: step.saved_bytes() for name, step in actions.items()},
     }
 
 
@@ -96,14 +83,16 @@ def report(measured: dict[str, Any]) -> list[str]:
     """The table, in Markdown."""
     lines = [__doc__ or "", measured["conditions"], ""]
     lines.append(
-        "| layer | format | frozen, ms | LoRA r=32 / frozen | KronA / frozen | KronA / LoRA r=32 | target met |"
+        "| layer | format | frozen, ms | LoRA r=32 / frozen | KronA / frozen | KronA / LoRA r=32 | target met "
+        "| LoRA keeps | KronA keeps |"
     )
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for one in measured["found"]:
-        ratios = one["to_frozen"]
+        ratios, kept = one["to_frozen"], one["saved_bytes"]
         lines.append(
             f"| {one['shape']['name']} | {one['kind']} | {1e3 * one['seconds'][FLOOR]:.2f} | {ratios[THEIRS]:.2f} "
-            f"| {ratios[OURS]:.2f} | {one['to_lora']:.2f} | {'yes' if one['to_lora'] <= 1 else 'no'} |"
+            f"| {ratios[OURS]:.2f} | {one['to_lora']:.2f} | {'yes' if one['to_lora'] <= 1 else 'no'} "
+            f"| {kept[THEIRS] / 1e6:.1f} MB | {kept[OURS] / 1e6:.1f} MB |"
         )
     return lines
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, merge_krona, unload_krona, unmerge_krona
 from diffusekrona.errors import MergeError
+from diffusekrona.tuner.compat import dequantize_bnb_weight
 from diffusekrona.tuner.injected import krona_layers
+from diffusekrona.tuner.quantized import _widened, quantized_linear
 
 D, H = 64, 128
 
@@ -93,6 +95,82 @@ def stored(model: nn.Module) -> list[Tensor]:
 
 def x() -> Tensor:
     return torch.randn(7, H, generator=torch.Generator().manual_seed(0))
+
+
+def torchao_float8(granularity: str = "PerRow", dtype: torch.dtype = torch.float32) -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(plain()).to(dtype)
+    config = torchao.Float8WeightOnlyConfig()
+    if granularity != "PerRow":
+        config = torchao.Float8WeightOnlyConfig(granularity=getattr(torchao, granularity)())
+    torchao.quantize_(model, config)
+    return model[0]
+
+
+FUSED = {
+    "nf4": bnb_4bit,
+    "nf4, double": lambda: bnb_4bit(compress_statistics=True),
+    "int8": torchao_int8,
+    "int8, one scale": lambda: torchao_int8("PerTensor"),
+    "float8": torchao_float8,
+    "float8 of bfloat16": lambda: torchao_float8(dtype=torch.bfloat16),
+}
+every_fused = pytest.mark.parametrize("build", FUSED.values(), ids=FUSED.keys())
+
+
+@every_fused
+@pytest.mark.parametrize("half", [False, True])
+def test_a_layer_that_is_read_fast_has_the_bits_that_its_library_reads(build, half):
+    base = build().requires_grad_(False)
+    found = quantized_linear(base)
+    weight = base.weight
+    library = dequantize_bnb_weight(weight, None) if hasattr(weight, "quant_state") else weight.dequantize()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(found.weight(dtype), library.to(dtype))
+    given = x().to(base.weight.dtype if base.weight.is_floating_point() else torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert torch.equal(found(given), base(given))
+
+
+def test_an_8_bit_float_that_is_no_number_stays_none():
+    codes = torch.arange(256, dtype=torch.uint8)
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        torch.testing.assert_close(_widened(codes.view(kind)), codes.view(kind).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@every_fused
+@pytest.mark.parametrize("half", [False, True])
+def test_the_fused_step_over_a_quantized_layer_is_the_one_of_its_own_call(build, half, monkeypatch):
+    dtype = torch.bfloat16 if half or build is FUSED["float8 of bfloat16"] else torch.float32
+    target = torch.randn(7, D, generator=torch.Generator().manual_seed(3))
+
+    def step():
+        model = adapted(build, num_terms=2)
+        given = x().to(torch.float32 if half else dtype).requires_grad_()
+        kept = []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t)
+        with keep, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = model(given)
+        y.backward(target.to(y.dtype))
+        layer = krona_layers(model)["0"]
+        own = {p.untyped_storage().data_ptr() for p in (*layer.krona_A.values(), *layer.krona_B.values(), given)}
+        others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own]
+        return [y, given.grad, layer.krona_A["default"].grad, layer.krona_B["default"].grad], others
+
+    ours, others = step()
+    assert sum(tensor.numel() for tensor in others) <= 2 * 4 * 8  # the scaled A of each term
+    monkeypatch.setattr("diffusekrona.tuner.layer.quantized_linear", lambda base: None)
+    plain_way, kept = step()
+    assert sum(tensor.numel() for tensor in kept) > H
+    for one, other in zip(ours, plain_way, strict=True):
+        assert one.dtype == other.dtype
+        close = 0.03 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(one, other, rtol=close, atol=close * float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("build", [torchao_dynamic, bnb_8bit, quanto])
+def test_a_layer_that_rounds_its_inputs_or_is_not_read_computes_by_itself(build):
+    assert quantized_linear(build()) is None
 
 
 @every_format

@@ -10,7 +10,7 @@ costs more than building W + Σ A ⊗ B for the moment of one product; so there 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,14 +45,29 @@ def linear_with_kron(
     return y
 
 
+class Frozen(Protocol):
+    """A frozen linear layer whose weight is not plain numbers, such as a quantized one."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Wx + bias, (..., d), in memory that is nobody else's."""
+
+    def input_gradient(self, gy: Tensor) -> Tensor:
+        """Wᵀ gy, (..., h), in a new tensor."""
+
+
+def frozen_with_kron(x: Tensor, frozen: Frozen, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`linear_with_kron` for a layer that computes by itself; the dtype is that of what it gives."""
+    flat = [factor for pair in factors for factor in pair]
+    y: Tensor = FrozenWithKron.apply(x, frozen, *flat)
+    return y
+
+
 def _linear_with_kron(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
     x, pairs = x.contiguous(), _pairs(factors, x.dtype)
     if _merges(weight, pairs, _rows(x)):
         return functional.linear(x, _merged(weight, pairs), bias)
     y = functional.linear(x, weight, bias)
-    for A, B in pairs:
-        add = _add_a_first if _a_first(A, B) else _add_b_first
-        add(y, x, A, B)
+    _add(y, x, pairs)
     return y
 
 
@@ -72,17 +87,55 @@ class LinearWithKron(torch.autograd.Function):
         """Only the gradients that are asked for."""
         x, weight, *factors = ctx.saved_tensors
         x, gy, pairs = None if x is None else x.contiguous(), gy.contiguous(), _pairs(factors, gy.dtype)
-        gx = added_to = None
-        if weight is not None:
-            merges = _merges(weight, pairs, _rows(gy))
-            gx = gy @ (_merged(weight, pairs) if merges else weight)
-            added_to = None if merges else gx
-        gradients: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[3:]
-        for number, (A, B) in enumerate(pairs):
-            go_back = _backward_a_first if _a_first(A, B) else _backward_b_first
-            gradients += go_back(gy, added_to, x, A, B, *wanted[2 * number : 2 * number + 2])
+        if weight is None or _merges(weight, pairs, _rows(gy)):
+            gx = None if weight is None else gy @ _merged(weight, pairs)
+            _, gradients = _go_back(gy, None, x, pairs, wanted)
+        else:
+            gx, gradients = _go_back(gy, gy @ weight, x, pairs, wanted)
         return gx, None, None, *gradients  # autograd casts them to the factors' dtypes
+
+
+class FrozenWithKron(torch.autograd.Function):
+    """`frozen_with_kron` for autograd, with the factors of all adapters in a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: Frozen, *factors: Tensor) -> Tensor:
+        """Compute y; keep x, and references to the layer and the parameters."""
+        ctx.frozen = frozen
+        ctx.save_for_backward(x, *factors)
+        y = frozen(x).contiguous()
+        with torch.autocast(y.device.type, enabled=False):
+            _add(y, x.to(y.dtype).contiguous(), _pairs(factors, y.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Only the gradients that are asked for."""
+        x, *factors = ctx.saved_tensors
+        wants_x, _, *wanted = ctx.needs_input_grad
+        gy, pairs = gy.contiguous(), _pairs(factors, gy.dtype)
+        gx = ctx.frozen.input_gradient(gy) if wants_x else None
+        gx, gradients = _go_back(gy, gx, x.to(gy.dtype).contiguous(), pairs, wanted)
+        return gx, None, *gradients
+
+
+def _add(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """y += Σ (A ⊗ B)x, in place."""
+    for A, B in pairs:
+        add = _add_a_first if _a_first(A, B) else _add_b_first
+        add(y, x, A, B)
+
+
+def _go_back(
+    gy: Tensor, gx: Tensor | None, x: Tensor | None, pairs: list[tuple[Tensor, Tensor]], wanted: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """gx, if any, with the adapters' part of the input's gradient added in place; and the factors' gradients."""
+    gradients: list[Tensor | None] = []
+    for number, (A, B) in enumerate(pairs):
+        go_back = _backward_a_first if _a_first(A, B) else _backward_b_first
+        gradients += go_back(gy, gx, x, A, B, *wanted[2 * number : 2 * number + 2])
+    return gx, gradients
 
 
 def _pairs(factors: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -151,7 +204,10 @@ def _backward_a_first(
             gx.view(n, a2, b2).baddbmm_(A.T.expand(n, -1, -1), gAX)
     if want_b and x is not None:
         AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
-        gB = torch.bmm(AX.permute(1, 2, 0), gy.view(n, a1, b1).transpose(0, 1)).sum(0).T
+        if gy.is_cpu and gy.dtype in (torch.bfloat16, torch.float16):  # where one product beats a few
+            gB = GY.T @ AX.view(n * a1, b2)
+        else:
+            gB = torch.bmm(AX.permute(1, 2, 0), gy.view(n, a1, b1).transpose(0, 1)).sum(0).T
     return gA, gB
 
 

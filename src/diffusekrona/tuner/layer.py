@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..errors import FactorShapeError
 from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
-from ..kron.fused import linear_with_kron
+from ..kron.fused import frozen_with_kron, linear_with_kron
 from ..kron.products import dense_update, kron_conv2d, kron_linear, sum_of
 from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, stacked, terms_of, update_shapes
 from .compat import (
@@ -26,7 +26,7 @@ from .compat import (
 )
 from .fields import Init
 from .merged import MergedWeight, Terms
-from .quantized import Original
+from .quantized import Original, QuantizedLinear, quantized_linear
 
 
 class WeightCopy(Protocol):
@@ -221,10 +221,11 @@ class KronALayer(nn.Module, BaseTunerLayer):
         """
         self.unmerge_if_disabled()
         base, names = self.base_layer, self._names_to_add()
-        if names and not args and not kwargs and self._is_plain(names) and can_fuse(base, x):
-            return linear_with_kron(
-                x, base.weight, base.bias, [pair for n in names for pair in self._scaled_factors(n)]
-            )
+        if names and not args and not kwargs and self._is_plain(names):
+            if can_fuse(base, x):
+                return linear_with_kron(x, base.weight, base.bias, self._all_factors(names))
+            if (frozen := frozen_to_fuse(base, x)) is not None:
+                return frozen_with_kron(x, frozen, self._all_factors(names))
         result: Tensor = base(x, *args, **kwargs)
         for name in names:
             result = result + self._delta(name, x).to(result.dtype)
@@ -265,6 +266,9 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return kron_linear(x, A, B)
+
+    def _all_factors(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
+        return [pair for name in names for pair in self._scaled_factors(name)]
 
     def _scaled_factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """(s·A, B) of each term."""
@@ -440,6 +444,20 @@ def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         and not has_listeners(layer)
         and not is_transformed()
     )
+
+
+def frozen_to_fuse(layer: nn.Module, x: Tensor) -> QuantizedLinear | None:
+    """A quantized layer for `frozen_with_kron`, under the conditions of `can_fuse`; None where it does not apply."""
+    if (
+        type(layer) is nn.Conv2d
+        or type(x) not in (Tensor, nn.Parameter)
+        or not torch.is_grad_enabled()
+        or has_listeners(layer)
+        or is_transformed()
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    return quantized_linear(layer)
 
 
 def _is_trained(layer: nn.Linear) -> bool:

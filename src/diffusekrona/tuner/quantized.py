@@ -106,6 +106,86 @@ def put_back(base: Any, original: Original) -> None:
         setattr(base.state, name, value)
 
 
+class QuantizedLinear:
+    """A quantized linear layer as `frozen_with_kron` takes it.
+
+    torchao's own way of reading a weight takes several times what its numbers need, on a CPU that has no conversion
+    from 8-bit floats most of all. What is read here is the same to the last bit.
+
+    Args:
+        base: the layer, whose weight and bias are frozen.
+        kind: of its weight, one of `READ_FAST`.
+    """
+
+    def __init__(self, base: nn.Module, kind: str) -> None:
+        self._base, self._kind = base, kind
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Wx + bias as the layer itself computes it."""
+        base: Any = self._base
+        if self._kind == "torchao float8" and x.dtype == base.weight.dtype:
+            y: Tensor = x @ self.weight(x.dtype).T
+            return y if base.bias is None else y + base.bias
+        computed: Tensor = base(x)
+        return computed
+
+    def input_gradient(self, gy: Tensor) -> Tensor:
+        """gy W, (..., h), in gy's dtype."""
+        weight: Any = self._base.weight
+        if self._kind == "torchao":  # scales of rows go into gy, as in torchao
+            whole: Tensor = weight.qdata.to(gy.dtype)
+            return (gy * weight.scale.flatten().to(gy.dtype)) @ whole
+        return gy @ self.weight(gy.dtype)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The numbers that the weight stands for, d × h, in a new tensor."""
+        weight: Any = self._base.weight
+        if self._kind == "bnb 4-bit":
+            numbers: Tensor = dequantize_bnb_weight(weight, None)
+            return numbers.to(dtype)
+        found = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        scales = weight.scale.reshape(-1, 1).expand(len(found), 1)
+        for some, codes, scale in zip(
+            found.split(_ROWS), weight.qdata.split(_ROWS), scales.split(_ROWS), strict=True
+        ):  # what is wider in between stays in the processor's caches
+            some.copy_(_widened(codes).mul_(scale))
+        return found.to(dtype)
+
+
+READ_FAST = ("bnb 4-bit", "torchao", "torchao float8")
+"""Kinds of weights that `QuantizedLinear` reads."""
+
+
+def quantized_linear(base: nn.Module) -> QuantizedLinear | None:
+    """A frozen layer for the fused step, or None where the layer has to compute by itself."""
+    kind = _float8(base) or _format(base)
+    if kind not in READ_FAST or getattr(base.weight, "act_quant_kwargs", None) is not None:
+        return None
+    bias = getattr(base, "bias", None)
+    return None if bias is not None and bias.requires_grad else QuantizedLinear(base, kind)
+
+
+def _float8(base: nn.Module) -> str | None:
+    """The kind of a weight of torchao's 8-bit floats with a scale for each row, or for all; None for others."""
+    weight: Any = base.weight
+    module, name = type(weight).__module__, type(weight).__name__
+    if not module.startswith("torchao.") or name != "Float8Tensor":
+        return None
+    return "torchao float8" if weight.scale.numel() in (1, len(weight)) else None
+
+
+_ROWS = 256
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """8-bit numbers in fp32; floats on a CPU out of a table of all 256."""
+    if not tensor.is_cpu or not tensor.is_floating_point():
+        return tensor.float()
+    table = torch.arange(256, dtype=torch.uint8).view(tensor.dtype).float()
+    # Not by table[…], which takes seven times as long.
+    return table.index_select(0, tensor.view(torch.uint8).flatten().int()).view(tensor.shape)
+
+
 def _format(base: nn.Module) -> str | None:
     weight: Any = base.weight
     module, name = type(weight).__module__, type(weight).__name__
