@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-from inspect import signature
+import logging
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from inspect import isclass, signature
 from typing import Any
 
 from ...errors import UnsupportedPipelineError
@@ -24,6 +26,8 @@ __all__ = ["Family", "families", "family_of", "register_family"]
 
 PLUGINS = "diffusekrona.families"
 """Group of the entry points by which installed packages name families of their own."""
+
+_log = logging.getLogger(__name__)
 
 _FAMILIES: list[type[Family]] = [
     StableDiffusion,
@@ -47,8 +51,27 @@ def register_family(family: type[Family]) -> type[Family]:
 
 
 def families() -> list[type[Family]]:
-    """All families: those that installed packages bring, those that were registered, and our own."""
-    return [*(point.load() for point in entry_points(group=PLUGINS)), *_FAMILIES]
+    """All families: those that installed packages bring, those that were registered, and our own.
+
+    A package whose family cannot be loaded is left out, with a warning that names it.
+    """
+    brought = [_loaded(point) for point in entry_points(group=PLUGINS)]
+    return [*(family for family in brought if family is not None), *_FAMILIES]
+
+
+@cache  # so that a broken package is imported once, and told once
+def _loaded(point: EntryPoint) -> type[Family] | None:
+    """The family that an entry point names; None, with a warning, where there is none that works."""
+    try:
+        family = point.load()
+        if not (isclass(family) and issubclass(family, Family)):
+            raise TypeError(f"{point.value} is no subclass of Family")
+        return family
+    except Exception as error:  # whatever a stranger's module raises
+        package = point.dist.name if point.dist is not None else "an unknown package"
+        told = f"{type(error).__name__}: {error}"
+        _log.warning("The family %s of %s (%s) is left out: %s.", point.name, package, point.value, told)
+        return None
 
 
 def family_of(pipe: Any) -> Family:
