@@ -512,12 +512,21 @@ def test_the_images_are_prepared_as_the_settings_say(place: Path, tmp_path: Path
     assert (plan.resolution, plan.multiple) == (64, 16)
 
 
-def test_images_come_from_a_dataset_instead_of_a_folder(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["dataset_dir", "dataset_name"])
+def test_images_come_from_a_dataset_instead_of_a_folder(
+    place: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     paths = sorted((place / "images").iterdir())
     rows = datasets.Dataset.from_dict({"picture": [str(path) for path in paths], "said": ["a sks toy"] * 3})
-    rows.cast_column("picture", datasets.Image()).save_to_disk(str(tmp_path / "dataset"))
-    chosen = {"instance_data_dir": None, "dataset_dir": tmp_path / "dataset", "instance_prompt": None}
+    rows, source = rows.cast_column("picture", datasets.Image()), str(tmp_path / "dataset")
+    if form == "dataset_dir":
+        rows.save_to_disk(source)
+    else:
+        (tmp_path / "dataset").mkdir()
+        rows.to_parquet(f"{source}/train.parquet")
+    chosen = {"instance_data_dir": None, form: source, "instance_prompt": None}
     of_dataset = run(settings(place, tmp_path / "one", **chosen, image_column="picture", caption_column="said"))
     of_folder = run(settings(place, tmp_path / "two"))
     assert same(factors(of_dataset.saved[0]), factors(of_folder.saved[0]))

@@ -18,6 +18,7 @@ from ..errors import DatasetError, TrainingConfigError
 from ..inputs.captions import read_captions
 from ..inputs.images import NO_IMAGE, UnreadableImageError, read_image, upright_alpha, upright_rgb
 from .config import ImageSettings
+from .dataset_rows import named_rows, saved_rows
 from .image_folder import image_folders
 from .randomness import generator_for
 
@@ -170,23 +171,43 @@ def load_dataset(
     Raises:
         DatasetError: no such dataset or column, an image that cannot be read, or an empty prompt.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DatasetError("Reading a dataset needs the package datasets: pip install datasets.") from error
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{folder} is no dataset that save_to_disk wrote: {error}") from error
-    if isinstance(found, dict) and "train" not in found:
-        raise DatasetError(f"{folder} has no split 'train'; give the folder of one of its splits: {', '.join(found)}.")
-    rows = found["train"] if isinstance(found, dict) else found
+    return _of_rows(saved_rows(folder), str(folder), prompt, plan, image_column, caption_column)
+
+
+def load_named_dataset(
+    name: str,
+    config: str | None,
+    prompt: str | None,
+    plan: ImagePlan,
+    image_column: str = "image",
+    caption_column: str = "text",
+) -> list[TrainingImage]:
+    """Load the split "train" of a dataset of the Hugging Face hub, or of a folder that is laid out like one.
+
+    Args:
+        name: a folder, or an id on the hub.
+        config: which of its configurations, where it has several.
+        prompt: of every image, if the dataset has no captions.
+        plan: what becomes of each.
+        image_column: the column of images.
+        caption_column: the column of their prompts.
+
+    Raises:
+        DatasetError: no such dataset or column, an image that cannot be read, or an empty prompt.
+    """
+    return _of_rows(named_rows(name, config), name, prompt, plan, image_column, caption_column)
+
+
+def _of_rows(
+    rows: Any, name: str, prompt: str | None, plan: ImagePlan, image_column: str, caption_column: str
+) -> list[TrainingImage]:
+    """The images of a dataset's rows, which come from the place of that name."""
     for column in [image_column, *([caption_column] if prompt is None else [])]:
         if column not in rows.column_names:
-            raise DatasetError(f"{folder} has no column {column!r}; there are: {', '.join(rows.column_names)}.")
+            raise DatasetError(f"{name} has no column {column!r}; there are: {', '.join(rows.column_names)}.")
 
     def read(number: int) -> _Read:
-        source = f"{folder}, row {number}"
+        source = f"{name}, row {number}"
         try:
             row = rows[number]
         except NO_IMAGE as error:
@@ -198,7 +219,7 @@ def load_dataset(
             raise DatasetError(f"{source} has no prompt in column {caption_column!r}: write one, or give one for all.")
         return _Read(image, caption)
 
-    return _prepared([_Source(f"{folder}, row {number}", partial(read, number)) for number in range(len(rows))], plan)
+    return _prepared([_Source(f"{name}, row {number}", partial(read, number)) for number in range(len(rows))], plan)
 
 
 def prepare_images(images: Sequence[Image.Image], prompts: str | Sequence[str], plan: ImagePlan) -> list[TrainingImage]:

@@ -19,7 +19,7 @@ from ..bases.loading import load_base
 from ..errors import TrainingInterrupted
 from ..evaluation import Encoders
 from ..report import KronAReport, krona_report
-from .data import ImagePlan, TrainingImage, load_dataset, load_folder
+from .data import ImagePlan, TrainingImage, load_dataset, load_folder, load_named_dataset
 from .dreambooth import train_dreambooth, training_resolution
 from .families import family_of
 from .hub import check_hub, hub_repository, push
@@ -289,11 +289,14 @@ def image_plan(settings: Settings, resolution: int, multiple: int) -> ImagePlan:
 def training_images(settings: Settings, plan: ImagePlan) -> list[TrainingImage]:
     """The images of the subject."""
     data = settings.data
+    prompt, columns = data.instance_prompt, (data.image_column, data.caption_column)
     if data.instance_data_dir is not None:
-        found = load_folder(data.instance_data_dir, data.instance_prompt, plan, data.caption_column)
+        found = load_folder(data.instance_data_dir, prompt, plan, data.caption_column)
+    elif data.dataset_dir is not None:
+        found = load_dataset(data.dataset_dir, prompt, plan, *columns)
     else:
-        assert data.dataset_dir is not None
-        found = load_dataset(data.dataset_dir, data.instance_prompt, plan, data.image_column, data.caption_column)
+        assert data.dataset_name is not None
+        found = load_named_dataset(data.dataset_name, data.dataset_config_name, prompt, plan, *columns)
     return _with_trigger(found, data.trigger_word)
 
 

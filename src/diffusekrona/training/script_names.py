@@ -50,7 +50,6 @@ ANSWERS: Mapping[str, str] = {
     "vae_encode_mode": "Latents are drawn from the autoencoder's distribution; leave it out.",
     "local_rank": "accelerate launch says it by itself; leave it out.",
     "logging_dir": "TensorBoard's files are in the run's folder; leave it out.",
-    "dataset_name": "Save it once with datasets' save_to_disk, and give the folder as dataset_dir.",
     "hub_token": "Log in with `hf auth login`; leave it out.",
     "do_edm_style_training": "EDM's training is not supported; use a base with β values or a flow.",
     "prodigy_beta3": "Give it in optimizer_args, as beta3.",

@@ -55,6 +55,11 @@ class DataSettings(TrainingSettings):
     or metadata.csv those of all; a subfolder 10_name holds images that are used 10 times as often."""
     dataset_dir: FilePath | None = None
     """Folder of a Hugging Face dataset that save_to_disk wrote, instead of a folder of images."""
+    dataset_name: str | None = None
+    """Hugging Face dataset, of whose split "train" the images are, instead of a folder of images: its id on the hub, or
+    a folder that load_dataset reads, such as one of parquet files. By default there is none."""
+    dataset_config_name: str | None = None
+    """Configuration of the dataset of dataset_name, where it has several; by default its own."""
     image_column: str = "image"
     """Name of the dataset's column of images."""
     caption_column: str = "text"
@@ -72,8 +77,13 @@ class DataSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _check_source(self) -> DataSettings:
-        if (self.instance_data_dir is None) == (self.dataset_dir is None):
-            raise TrainingConfigError("Give either instance_data_dir, a folder of images, or dataset_dir, a dataset.")
+        if [self.instance_data_dir, self.dataset_dir, self.dataset_name].count(None) != 2:
+            raise TrainingConfigError(
+                "Give either instance_data_dir, a folder of images, or dataset_dir, a dataset that save_to_disk wrote, "
+                "or dataset_name, a dataset of the hub."
+            )
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise TrainingConfigError("dataset_config_name is given, but no dataset_name. Leave it out.")
         return self
 
 
@@ -285,7 +295,8 @@ SHORT_NAMES = {short: name for name, field in NAMES.items() if (short := short_n
 HERE = "{here}"
 """At the start of a path in a settings file: the folder that the file is in."""
 
-_BASE = "pretrained_model_name_or_path"
+_FOLDERS_OR_IDS = ("pretrained_model_name_or_path", "dataset_name")
+"""Settings that are a folder where there is one of that name, and else an id on the hub."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -315,9 +326,9 @@ def settings_text(settings: Settings) -> str:
     """
     values = {name: value for name, value in settings.flat().items() if name not in ("resume", "overwrite")}
     for name, field in NAMES.items():
-        if values.get(name) is not None and (name == _BASE or _is_path(field.annotation)):
+        if values.get(name) is not None and (name in _FOLDERS_OR_IDS or _is_path(field.annotation)):
             path = Path(values[name]).expanduser()
-            values[name] = str(path.absolute()) if path.exists() or name != _BASE else values[name]
+            values[name] = str(path.absolute()) if path.exists() or name not in _FOLDERS_OR_IDS else values[name]
     output = settings.output.output_dir
     values["output_dir"] = f"{HERE}/../../{output.name}" if output.suffix == ".safetensors" else f"{HERE}/.."
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
