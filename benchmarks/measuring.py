@@ -82,12 +82,17 @@ class Step:
         self._clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self._forward().backward(self.output_gradient)
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-        return peak
+        return most_allocated(profiler)
+
+
+def most_allocated(profiler: profile) -> int:
+    """The most bytes that were allocated at once while a profiler with `profile_memory` was on, over those before."""
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:

@@ -83,7 +83,8 @@ def test_a_plan_is_what_a_real_step_trains_and_at_least_what_it_keeps(base, valu
     assert kept <= found.activations < 1.6 * kept
     assert found.parameters == sum(factor.numel() for factor in krona.parameters())
     modules = trained_modules(pipe, chosen.training)
-    assert found.weights == sum(weight.nbytes for module in modules for weight in module.parameters())
+    factors = set(krona.parameters())
+    assert found.weights == sum(p.nbytes for module in modules for p in module.parameters() if p not in factors)
     assert (found.images, found.steps_per_epoch) == (3, 3 / chosen.training.train_batch_size)
 
 
@@ -125,6 +126,20 @@ def test_the_peak_is_that_of_a_step_or_of_the_encoders():
     parts = {"parameters": 1, "share": 1.0, "images": 1, "steps_per_epoch": 1.0, "epochs": 1.0}
     assert Plan(**parts, encoders=5, weights=1, state=1, activations=1).memory == 5
     assert Plan(**parts, encoders=5, weights=2, state=2, activations=2).memory == 6
+    assert Plan(**parts, encoders=5, weights=2, state=2, activations=2, drawing=7).memory == 7
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"validation_prompt": ["a sks toy"]}, {"with_prior_preservation": True, "class_prompt": "a toy"}],
+    ids=["validation", "class images"],
+)
+def test_all_models_are_there_at_once_where_pictures_are_drawn(base, values):
+    pipe, folder = base
+    found = plan(settings(folder, offload="blocks", **values))
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert found.drawing == sum(weight.nbytes for model in models for weight in model.parameters()) + found.state
+    assert plan(settings(folder)).drawing == 0
 
 
 def test_images_are_those_of_the_trainer_patches_counted(tmp_path):

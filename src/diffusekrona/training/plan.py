@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..bases.architectures import default_dtype
 from ..bases.loading import BaseModelError, base_configs
-from ..bases.quantization import BYTES
+from ..bases.quantization import BYTES, PACKAGES
 from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
 from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
+from ..tuner.injected import krona_layers
 from .batches import text_encoders
 from .config import ENCODER_RATES, TrainingConfig
 from .dreambooth import training_resolution
@@ -37,10 +38,16 @@ from .settings import Settings
 
 
 class SavedTensors:
-    """The tensors that autograd saves for the backward pass: each memory once, and modules' own weights not."""
+    """The tensors that autograd saves for the backward pass: each memory once, and modules' own weights not.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    Args:
+        modules: whose weights are there anyway.
+        copied: weights of theirs of which a copy is saved nevertheless.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], copied: Iterable[Tensor] = ()) -> None:
         self._own = {storage_key(p) for module in modules for p in module.parameters()}
+        self._own -= {storage_key(weight) for weight in copied}
         self._seen: dict[int, Tensor] = {}
 
     def add(self, tensor: Tensor) -> Tensor:
@@ -87,6 +94,7 @@ class Plan:
         state: bytes of factors, gradients, the optimizer's state and averages.
         activations: bytes that a forward pass of the denoiser, and of text encoders that are trained, keeps for the
             backward pass, and that one recomputed block takes; somewhat too many, as the fused step is not used here.
+        drawing: bytes of all models at once and of the state, where validation or class images are drawn, else none.
     """
 
     parameters: int
@@ -98,14 +106,15 @@ class Plan:
     weights: int
     state: int
     activations: int
+    drawing: int = 0
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak on the device: of a step, or of encoding before it where the encoders are larger.
+        """Bytes at the peak on the device: of a step, of encoding before it, or of drawing pictures.
 
-        Without what the device's libraries take for themselves, and what an encoder computes with.
+        Without what the device's libraries take for themselves, and what encoders and pictures are computed with.
         """
-        return max(self.weights + self.state + self.activations, self.encoders)
+        return max(self.weights + self.state + self.activations, self.encoders, self.drawing)
 
 
 def plan_table(found: Plan) -> Table:
@@ -120,6 +129,7 @@ def plan_table(found: Plan) -> Table:
         ("  kept for the backward pass", decimal(found.activations)),
         ("  factors, gradients, optimizer", decimal(found.state)),
         ("memory before the first step", f"{decimal(found.encoders)}, of encoders that the steps do not need"),
+        ("memory while pictures are drawn", f"{decimal(found.drawing)}, of all models at once"),
     ):
         table.add_row(name, value)
     return table
@@ -147,10 +157,13 @@ def plan(settings: Settings) -> Plan:
         side = training_resolution(pipe, settings.images.resolution)
         images = training_images(settings, image_plan(settings, side, family.reduction))
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
-        activations = _activation_bytes(trained, partial(_forward, pipe, training, side, texts), training)
-        idle = [module for module in (pipe.vae, *encoders) if module not in trained]
         stored = {id(part): settings.quantization.of(name) for name, part in pipe.components.items()}
-        weights, others = _bytes(trained, stored), _bytes(idle, stored)
+        copied = [weight for module in trained for weight in _copied(module, stored[id(module)])]
+        activations = _activation_bytes(trained, copied, partial(_forward, pipe, training, side, texts), training)
+        idle = [module for module in (pipe.vae, *encoders) if module not in trained]
+        factors = sum(factor.nbytes for factor in krona.parameters())
+        weights, others = _bytes(trained, stored) - factors, _bytes(idle, stored)
+        all_models = weights + others
         if training.offload != "none":  # then one block is there at a time
             blocks = [_bytes([block], {id(block): None}) for block in blocks_of(denoiser)]
             weights -= sum(blocks) - max(blocks, default=0)
@@ -159,6 +172,8 @@ def plan(settings: Settings) -> Plan:
     per_parameter = 8 + (4 if training.ema_decay is not None else 0)
     moments = _moment_bytes([tuple(p.shape) for p in krona.parameters()], training)
     per_step = training.train_batch_size * training.gradient_accumulation_steps
+    state = parameters * per_parameter + moments
+    draws = bool(settings.output.validation_prompt) or settings.prior.with_prior_preservation
     return Plan(
         parameters=parameters,
         share=parameters / of_base,
@@ -167,8 +182,9 @@ def plan(settings: Settings) -> Plan:
         epochs=training.max_train_steps * per_step / len(images),
         encoders=0 if training.cache == "none" else others,
         weights=weights + (others if training.cache == "none" else 0),
-        state=parameters * per_parameter + moments,
+        state=state,
         activations=activations,
+        drawing=all_models + state if draws else 0,
     )
 
 
@@ -231,6 +247,14 @@ def _bytes(modules: Iterable[nn.Module], stored: Mapping[int, str | None]) -> in
     return round(found)
 
 
+def _copied(module: nn.Module, kind: str | None) -> list[Tensor]:
+    """Weights of which torchao's layers keep a copy for the backward pass; adapted layers do without."""
+    if kind is None or PACKAGES[kind] != "torchao":
+        return []
+    adapted = {layer.get_base_layer() for layer in krona_layers(module).values()}
+    return [layer.weight for layer in module.modules() if type(layer) is nn.Linear and layer not in adapted]
+
+
 def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list[Tensor]:
     """A step's forward pass on images of so many pixels a side, and as many texts; all that comes out of it."""
     family, count = family_of(pipe), training.train_batch_size
@@ -254,15 +278,17 @@ def _encoded(encoder: Any, texts: int, most: int) -> Tensor:
     return hidden
 
 
-def _activation_bytes(modules: Sequence[Any], forward: Callable[[], Any], training: TrainingConfig) -> int:
+def _activation_bytes(
+    modules: Sequence[Any], copied: Sequence[Tensor], forward: Callable[[], Any], training: TrainingConfig
+) -> int:
     """Bytes that a forward pass keeps, and with checkpointing the most that a block keeps while it is recomputed."""
-    whole, blocks = SavedTensors(modules), [0]
+    whole, blocks = SavedTensors(modules, copied), [0]
 
     def block(function: Any, *inputs: Any) -> Any:
         for tensor in inputs:
             if isinstance(tensor, Tensor):
                 whole.add(tensor)
-        inside = SavedTensors(modules)
+        inside = SavedTensors(modules, copied)
         with inside.counting():
             outputs = function(*inputs)
         blocks.append(inside.bytes)
