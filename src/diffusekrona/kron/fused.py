@@ -101,40 +101,47 @@ class FrozenWithKron(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: Frozen, *factors: Tensor) -> Tensor:
-        """Compute y; keep x, and references to the layer and the parameters."""
+        """Compute y; keep x, AX of each pair, and references to the layer and the parameters."""
         ctx.frozen = frozen
-        ctx.save_for_backward(x, *factors)
         y = frozen(x).contiguous()
         with torch.autocast(y.device.type, enabled=False):
-            _add(y, x.to(y.dtype).contiguous(), _pairs(factors, y.dtype))
+            kept = _add(y, x.to(y.dtype).contiguous(), _pairs(factors, y.dtype))
+        ctx.save_for_backward(x, *factors, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Only the gradients that are asked for."""
-        x, *factors = ctx.saved_tensors
         wants_x, _, *wanted = ctx.needs_input_grad
+        x, *rest = ctx.saved_tensors
+        factors, kept = rest[: len(wanted)], rest[len(wanted) :]
         gy, pairs = gy.contiguous(), _pairs(factors, gy.dtype)
         gx = ctx.frozen.input_gradient(gy) if wants_x else None
-        gx, gradients = _go_back(gy, gx, x.to(gy.dtype).contiguous(), pairs, wanted)
+        gx, gradients = _go_back(gy, gx, x.to(gy.dtype).contiguous(), pairs, wanted, kept)
         return gx, None, *gradients
 
 
-def _add(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """y += Σ (A ⊗ B)x, in place."""
-    for A, B in pairs:
-        add = _add_a_first if _a_first(A, B) else _add_b_first
-        add(y, x, A, B)
+def _add(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """y += Σ (A ⊗ B)x, in place; AX of each pair whose A comes first."""
+    return [_add_a_first(y, x, A, B) if _a_first(A, B) else _add_b_first(y, x, A, B) for A, B in pairs]
 
 
 def _go_back(
-    gy: Tensor, gx: Tensor | None, x: Tensor | None, pairs: list[tuple[Tensor, Tensor]], wanted: Sequence[bool]
+    gy: Tensor,
+    gx: Tensor | None,
+    x: Tensor | None,
+    pairs: list[tuple[Tensor, Tensor]],
+    wanted: Sequence[bool],
+    kept: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """gx, if any, with the adapters' part of the input's gradient added in place; and the factors' gradients."""
     gradients: list[Tensor | None] = []
     for number, (A, B) in enumerate(pairs):
-        go_back = _backward_a_first if _a_first(A, B) else _backward_b_first
-        gradients += go_back(gy, gx, x, A, B, *wanted[2 * number : 2 * number + 2])
+        wants = wanted[2 * number : 2 * number + 2]
+        if _a_first(A, B):
+            gradients += _backward_a_first(gy, gx, x, A, B, *wants, AX=kept[number] if kept else None)
+        else:
+            gradients += _backward_b_first(gy, gx, x, A, B, *wants)
     return gx, gradients
 
 
@@ -184,15 +191,24 @@ def _merged(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 # bmm and not matmul, which rounds otherwise when A asks for a gradient than when it does not.
 
 
-def _add_a_first(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
-    """Y += (AX)Bᵀ."""
+def _add_a_first(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Y += (AX)Bᵀ; AX."""
     (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(x)
     AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
     y.view(n * a1, b1).addmm_(AX.view(n * a1, b2), B.T)
+    return AX
 
 
 def _backward_a_first(
-    gy: Tensor, gx: Tensor | None, x: Tensor | None, A: Tensor, B: Tensor, want_a: bool, want_b: bool
+    gy: Tensor,
+    gx: Tensor | None,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    want_a: bool,
+    want_b: bool,
+    *,
+    AX: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(gy)
     GY, gA, gB = gy.view(n * a1, b1), None, None
@@ -203,7 +219,8 @@ def _backward_a_first(
         if gx is not None:
             gx.view(n, a2, b2).baddbmm_(A.T.expand(n, -1, -1), gAX)
     if want_b and x is not None:
-        AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
+        if AX is None:
+            AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
         if gy.is_cpu and gy.dtype in (torch.bfloat16, torch.float16):  # where one product beats a few
             gB = GY.T @ AX.view(n * a1, b2)
         else:
