@@ -123,7 +123,14 @@ class FrozenWithKron(torch.autograd.Function):
 
 def _add(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
     """y += Σ (A ⊗ B)x, in place; AX of each pair whose A comes first."""
-    return [_add_a_first(y, x, A, B) if _a_first(A, B) else _add_b_first(y, x, A, B) for A, B in pairs]
+    kept: list[Tensor | None] = []
+    for A, B in pairs:
+        if _a_first(A, B):
+            kept.append(_add_a_first(y, x, A, B))
+        else:
+            _add_b_first(y, x, A, B)
+            kept.append(None)
+    return kept
 
 
 def _go_back(

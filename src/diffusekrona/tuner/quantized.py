@@ -134,7 +134,8 @@ class QuantizedLinear:
         weight: Any = self._base.weight
         if self._kind == "torchao":  # scales of rows go into gy, as in torchao
             whole: Tensor = weight.qdata.to(gy.dtype)
-            return (gy * weight.scale.flatten().to(gy.dtype)) @ whole
+            scale: Tensor = weight.scale.flatten().to(gy.dtype)
+            return (gy * scale) @ whole
         return gy @ self.weight(gy.dtype)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
