@@ -355,12 +355,37 @@ def test_what_an_adapter_is_for_is_found_out_among_the_known_pipelines(tmp_path)
         save_file(tensors, tmp_path / "lokr.safetensors")
         result = convert(tmp_path / "lokr.safetensors", tmp_path / f"{name}.safetensors")
         assert result.layers == len(layers)
+    nothing = "lora_unet_down_blocks_9_nothing"
     save_file(
-        {"lora_unet_nothing.lokr_w1": torch.ones(2, 2), "lora_unet_nothing.lokr_w2": torch.ones(2, 2)},
-        tmp_path / "x.safetensors",
+        {f"{nothing}.lokr_w1": torch.ones(2, 2), f"{nothing}.lokr_w2": torch.ones(2, 2)}, tmp_path / "x.safetensors"
     )
     with pytest.raises(AdapterFileError, match=r"(?s)fits none of sdxl, sd15; say what it is for.*sdxl: .*sd15: "):
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+
+
+OF_TRANSFORMERS = {
+    "lora_unet_double_blocks_0_img_attn_proj": (3072, 3072, None),
+    "diffusion_model.double_blocks.0.img_mod.lin": (18432, 3072, "FluxTransformer2DModel"),
+    "lycoris_transformer_blocks_0_attn_to_q": (2432, 2432, "SD3Transformer2DModel"),
+    "transformer.transformer_blocks.0.txt_mod.1": (18432, 3072, "QwenImageTransformer2DModel"),
+    "diffusion_model.layers.0.attention.out": (3840, 3840, "ZImageTransformer2DModel"),
+    "transformer.single_transformer_blocks.0.attn.to_out": (3072, 12288, "Flux2Transformer2DModel"),
+}
+"""A layer's name in some file, its size, and the class of the one transformer that has such; None if several do."""
+
+
+@pytest.mark.parametrize("layer", OF_TRANSFORMERS)
+def test_the_transformer_that_a_file_is_for_is_found_or_asked_for(tmp_path, layer):
+    d, h, kind = OF_TRANSFORMERS[layer]
+    file = tmp_path / "lokr.safetensors"
+    save_file({f"{layer}.lokr_w1": torch.ones(4, 8), f"{layer}.lokr_w2": torch.ones(d // 4, h // 8)}, file)
+    if kind is None:
+        with pytest.raises(AdapterFileError, match=r"fits flux1, .*chroma.* alike; say which it is for"):
+            convert(file, tmp_path / "out.safetensors")
+        assert convert(file, tmp_path / "out.safetensors", model="flux1").layers == 1
+    else:
+        assert type(components_for(file, None)["transformer"]).__name__ == kind
+        assert convert(file, tmp_path / "out.safetensors").layers == 1
 
 
 BLOCK = "attentions.0.transformer_blocks.0"

@@ -109,8 +109,12 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 PIPELINES: dict[str, dict[str, str]] = {
     "sdxl": {"unet": "sdxl", "text_encoder": "sd15-text-encoder", "text_encoder_2": "sdxl-text-encoder-2"},
     "sd15": {"unet": "sd15", "text_encoder": "sd15-text-encoder"},
+    **{name: {"transformer": name} for name in _TRANSFORMERS},
 }
-"""Pipeline → its adaptable components, each by its name in `ARCHITECTURES`."""
+"""Pipeline → its adaptable components, each by its name in `ARCHITECTURES`; beside transformers, no text encoders."""
+
+CLASSES = {name: kind for name, (kind, _) in _TRANSFORMERS.items()}
+"""Transformers by name → class in Diffusers."""
 
 
 def build(name: str, device: str = "meta", dtype: torch.dtype | None = None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..bases.architectures import PIPELINES, build_pipeline
+from ..bases.architectures import CLASSES, PIPELINES, build_pipeline
 from ..errors import AdapterFileError, FactorShapeError, KronAError
 from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
 from ..kron.shapes import fewest_parameters, packed, stacked
@@ -20,8 +21,9 @@ from .formats.lora import LoRA
 from .formats.updates import KroneckerUpdate, Update, flat
 from .kronecker import as_krona
 from .layouts.layout import Place
+from .layouts.names import layout_by
 from .merge_base import folder_components
-from .read import read_adapters, updates_in
+from .read import opened, read_adapters, updates_in
 from .unused import STRICT, Reading, Unused, few
 from .write import Say, check_output, write
 
@@ -158,28 +160,55 @@ def components_for(source: Path, model: str | Path | None, reading: Reading = ST
     """
     if model is not None:
         return build_pipeline(str(model)) if str(model) in PIPELINES else folder_components(Path(model))
-    problems: dict[str, str] = {}
+    names, problems = _candidates(source), dict[str, str]()
     # Pipelines have encoders in common: what the whole file fits goes before what fits a part of it.
     for how in dict.fromkeys((replace(reading, on_unused="error"), reading)):
-        fitting = []
-        for name in PIPELINES:
-            components = build_pipeline(name)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # which the reading that counts repeats
+        fitting: list[tuple[int, str, dict[str, nn.Module]]] = []
+        for name in names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # which the reading that counts repeats
+                components = build_pipeline(name)
+                try:
                     updates = updates_in(source, components, how)
-                if all(_fits(update, components[part], layer) for (part, layer), update in updates.items()):
-                    fitting.append((len(updates), components))
-                else:
-                    problems[name] = "its layers have other shapes"
-            except AdapterFileError as error:
-                problems[name] = str(error)
+                except AdapterFileError as error:
+                    problems[name] = str(error)
+                    continue
+            if all(_fits(update, components[part], layer) for (part, layer), update in updates.items()):
+                fitting.append((len(updates), name, components))
+            else:
+                problems[name] = "its layers have other shapes"
         if fitting:
-            return max(fitting, key=lambda found: found[0])[1]
+            return _best(source, fitting)
     raise AdapterFileError(
-        f"{source} fits none of {', '.join(PIPELINES)}; say what it is for, with the folder of its base model.\n  "
+        f"{source} fits none of {', '.join(names)}; say what it is for, with the folder of its base model.\n  "
         + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
     )
+
+
+def _best(source: Path, fitting: list[tuple[int, str, dict[str, nn.Module]]]) -> dict[str, nn.Module]:
+    """Of models by how many layers of a file fit each, with their names: the one that most do.
+
+    Raises:
+        AdapterFileError: as many fit several families, whose layers other programs call by other names.
+    """
+    most = max(count for count, *_ in fitting)
+    best = [(name, components) for count, name, components in fitting if count == most]
+    if len({CLASSES.get(name) for name, _ in best}) > 1:
+        alike = ", ".join(name for name, _ in best)
+        raise AdapterFileError(f"{source} fits {alike} alike; say which it is for, or the folder of its base model.")
+    return best[0][1]
+
+
+def _candidates(source: Path) -> list[str]:
+    """The pipelines that an adapter may be for, by the names of its layers."""
+    names = {name for file in opened(source).values() for name in file.tensors}
+    layout = layout_by(names)
+    if layout is not None and (found := [name for name, kind in CLASSES.items() if kind in layout.models]):
+        return found
+    of_unet = any(
+        re.search(r"(down|up|input|output)_blocks|mid_block|middle_block|lora_te|text_encoder", n) for n in names
+    )
+    return [name for name in PIPELINES if (name in CLASSES) != of_unet]
 
 
 def approximated(

@@ -15,7 +15,7 @@ A file's layer is one or more parts of modules of the model: rows of the one are
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -26,7 +26,7 @@ from ...tuner.compat import BaseTunerLayer
 from ...tuner.names import DENOISERS, PEFT_PREFIX, TEXT_ENCODERS, in_component, unwrapped_name
 from ..unused import Unused, few
 from .families import LAYOUTS, layout_of
-from .layout import Part, fused_names, redirected, redirections
+from .layout import Layout, Part, fused_names, redirected, redirections
 from .unet import is_unet, original_names
 
 _KOHYA_PREFIXES = {
@@ -121,12 +121,17 @@ def resolve(
     return found
 
 
+def layout_by(keys: Collection[str]) -> Layout | None:
+    """The family that a file's layers have the names of; None if they do not tell, or are of several."""
+    families = [one for one in LAYOUTS if any(re.search(sign, key) for sign in one.signs for key in keys)]
+    return families[0] if len(families) == 1 else None
+
+
 def made_for(keys: Iterable[str]) -> str | None:
     """What model a file's layers look made for; None if their names do not tell."""
     names = list(keys)
-    families = [one for one in LAYOUTS if any(re.search(sign, key) for sign in one.signs for key in names)]
-    if len(families) == 1:
-        return families[0].title
+    if (layout := layout_by(names)) is not None:
+        return layout.title
     return next((made for sign, made in _MADE_FOR.items() if any(re.search(sign, key) for key in names)), None)
 
 
