@@ -25,7 +25,7 @@ def install() -> None:
     is_torchvision_available()  # which is remembered: the libraries shall not take this for torchvision
     kinds = (InterpolationMode, Resize, CenterCrop, RandomCrop, RandomHorizontalFlip, ToTensor, Normalize, Compose)
     parts: dict[str, dict[str, Any]] = {
-        "torchvision.transforms.functional": {"crop": crop},
+        "torchvision.transforms.functional": {name: globals()[name] for name in FUNCTIONS},
         "torchvision.transforms": {kind.__name__: kind for kind in kinds},
         "torchvision": {},
     }
@@ -34,7 +34,9 @@ def install() -> None:
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         vars(module).update(content)
         sys.modules[name] = module
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
+    transforms: Any = sys.modules["torchvision.transforms"]
+    transforms.functional = sys.modules["torchvision.transforms.functional"]
+    sys.modules["torchvision"].transforms = transforms  # type: ignore[attr-defined]
 
 
 class InterpolationMode(enum.Enum):
@@ -64,9 +66,10 @@ class RandomCrop:
         self.size = size
 
     @staticmethod
-    def get_params(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    def get_params(img: Image.Image, output_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Top, left, height, width."""
-        return (image.height - size[0]) // 2, (image.width - size[1]) // 2, *size
+        height, width = output_size
+        return (img.height - height) // 2, (img.width - width) // 2, height, width
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return crop(image, *self.get_params(image, (self.size, self.size)))
@@ -113,6 +116,36 @@ class Compose:
         for step in self.steps:
             image = step(image)
         return image
+
+
+FUNCTIONS = ("center_crop", "crop", "hflip", "normalize", "resize", "to_tensor")
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle, of a height and a width."""
+    return crop(image, *RandomCrop.get_params(image, size))
+
+
+def hflip(image: Image.Image) -> Image.Image:
+    """Mirrored."""
+    return ImageOps.mirror(image)
+
+
+def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Without the mean, over the standard deviation."""
+    return Normalize(mean, std)(image)
+
+
+def resize(
+    image: Image.Image, size: Sequence[int], interpolation: InterpolationMode = InterpolationMode.BILINEAR
+) -> Image.Image:
+    """Of this height and width."""
+    return image.resize((size[1], size[0]), interpolation.value)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, height, width) in [0, 1]."""
+    return ToTensor()(image)
 
 
 def crop(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:

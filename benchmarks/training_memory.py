@@ -1,10 +1,12 @@
-"""Memory of training beside Diffusers' own DreamBooth LoRA script: `python -m benchmarks.training_memory --peer PATH`.
+"""Memory of training beside Diffusers' DreamBooth LoRA scripts: `python -m benchmarks.training_memory --peers PATH`.
 
-PATH is `examples/dreambooth/train_dreambooth_lora_sdxl.py` of Diffusers' repository, in the version that is installed:
-https://github.com/huggingface/diffusers. `diffusekrona train` with factors (4, 64) ((2, 4) on the small base, whose
-layers are 64 wide) and the script with rank 4 run as processes of their own, in turns, on the CPU, with the same base,
-images, prompt, batch, steps and precision, AdamW, no validation. Bases: the repository's small one, and one of SDXL's
-shape at 0.4 times its width with random weights, where weights dominate as they do in real use.
+PATH is the folder `examples/dreambooth` of Diffusers' repository, in the version that is installed, with
+`train_dreambooth_lora_sdxl.py` and `train_dreambooth_lora_flux2_klein.py`: https://github.com/huggingface/diffusers.
+`diffusekrona train` with factors (4, 64) ((2, 4) on the small base, whose layers are 64 wide) and the script with rank
+4 run as processes of their own, in turns, on the CPU, with the same base, images, prompt, batch, steps and precision,
+AdamW, no validation. Bases: the repository's small one; one of SDXL's shape at 0.4 times its width, and one of FLUX.2
+klein's with half of its layers and 0.42 times its width, both with random weights, where weights dominate as they do
+in real use.
 
 All numbers are peaks of resident memory in MB as Linux counts them, mapped files included, medians over the rounds:
 before the first step (loading, encoding), from then to the end of the last step, and of the whole process. At the end
@@ -50,6 +52,7 @@ class Case:
     batch: int
     factors: tuple[int, int]
     half: bool = False
+    script: str = "train_dreambooth_lora_sdxl.py"
 
 
 @dataclass
@@ -93,7 +96,8 @@ def peer(script: Path, case: Case, output: Path) -> list[str]:
         "mixed_precision": "bf16" if case.half else "no",
         "seed": 0,
     }
-    return [str(script), *_flags(options), "--center_crop"]
+    layers = ["--text_encoder_out_layers", "9", "18", "27"] if "klein" in case.script else []  # as the pipeline has it
+    return [str(script), *_flags(options), "--center_crop", *layers]
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
@@ -120,7 +124,7 @@ def measure(program: Sequence[str]) -> Peaks:
 def run_measured(told: Path, program: Sequence[str]) -> None:
     """Run a script or a module in this process, and write its peaks."""
     import torch
-    from diffusers import UNet2DConditionModel
+    from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
 
     if find_spec("torchvision") is None:
         from .torchvision_stand_in import install
@@ -136,7 +140,8 @@ def run_measured(told: Path, program: Sequence[str]) -> None:
     def stepped() -> None:
         peaks.steps = _resident_peak()
 
-    UNet2DConditionModel.forward = _around(UNet2DConditionModel.forward, before=begin)
+    for denoiser in (UNet2DConditionModel, Flux2Transformer2DModel):
+        denoiser.forward = _around(denoiser.forward, before=begin)
     torch.optim.AdamW.step = _around(torch.optim.AdamW.step, after=stepped)  # type: ignore[method-assign]
     sys.argv = list(program)
     try:
@@ -210,6 +215,20 @@ def save_large_base(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def save_klein_base(folder: Path) -> None:
+    """FLUX.2 klein with random weights: 2 and 10 blocks, 1280 wide; its text encoder and autoencoder are tiny."""
+    import torch
+    from diffusers import Flux2Transformer2DModel
+
+    from tests.pipelines import tiny_klein_pipeline
+
+    pipe = tiny_klein_pipeline()
+    sizes = {"num_layers": 2, "num_single_layers": 10, "attention_head_dim": 64, "num_attention_heads": 20}
+    torch.manual_seed(0)
+    pipe.transformer = Flux2Transformer2DModel(**{**pipe.transformer.config, **sizes, "axes_dims_rope": (16,) * 4})
+    pipe.save_pretrained(folder)
+
+
 def _resize(config: Any, width: int, layers: int) -> None:
     config.hidden_size, config.intermediate_size, config.projection_dim = width, 4 * width, width
     config.num_hidden_layers, config.num_attention_heads = layers, width // 64
@@ -221,15 +240,17 @@ def main() -> None:
         run_measured(Path(sys.argv[2]), sys.argv[3:])
         return
     arguments = _arguments()
-    if arguments.peer is None:
-        print("Nothing measured: give Diffusers' script with --peer PATH; --help says where it is.")
+    if arguments.peers is None:
+        print("Nothing measured: give the folder of Diffusers' scripts with --peers PATH; --help says which.")
         return
     lines = [
         "| base, batch, precision | | before the steps | steps | whole process |", "|---|---|---|---|---|",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        large = Path(folder) / "large"
+        large, klein = Path(folder) / "large", Path(folder) / "klein"
         save_large_base(large)
+        save_klein_base(klein)
+        of_klein = "train_dreambooth_lora_flux2_klein.py"
         images = Path(folder) / "images"  # without captions, which the script takes for images
         shutil.copytree(IMAGES, images, ignore=shutil.ignore_patterns("*.txt"))
         cases = [
@@ -237,13 +258,15 @@ def main() -> None:
             Case("small base, 64², batch 4, fp32", SMALL, images, 64, 4, (2, 4)),
             Case("large base, 256², batch 1, fp32", large, images, 256, 1, (4, 64)),
             Case("large base, 256², batch 1, bf16", large, images, 256, 1, (4, 64), half=True),
+            Case("klein, 256², batch 1, fp32", klein, images, 256, 1, (4, 64), script=of_klein),
+            Case("klein, 256², batch 1, bf16", klein, images, 256, 1, (4, 64), half=True, script=of_klein),
         ]
         for case in cases:
             found: dict[str, list[Peaks]] = {"`diffusekrona train`": [], "Diffusers' script": []}
             for number in range(arguments.rounds):
                 output = Path(folder) / f"{case.base.name}-{case.batch}-{case.half}-{number}"
                 found["`diffusekrona train`"].append(measure(ours(case, output / "ours")))
-                found["Diffusers' script"].append(measure(peer(arguments.peer, case, output / "peer")))
+                found["Diffusers' script"].append(measure(peer(arguments.peers / case.script, case, output / "peer")))
             for method, peaks in found.items():
                 medians = [statistics.median(getattr(one, name.name) for one in peaks) for name in fields(Peaks)]
                 lines.append(f"| {case.name} | {method} | " + " | ".join(f"{value:.0f}" for value in medians) + " |")
@@ -253,7 +276,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, help="train_dreambooth_lora_sdxl.py, see above")
+    parser.add_argument("--peers", type=Path, help="examples/dreambooth, see above")
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
