@@ -27,7 +27,14 @@ from diffusekrona import (
     unload_krona,
     unmerge_krona,
 )
-from diffusekrona.errors import AdapterFileError, AdapterNameError, FactorShapeError, KronAError, MergeError
+from diffusekrona.errors import (
+    AdapterFileError,
+    AdapterNameError,
+    ConfigError,
+    FactorShapeError,
+    KronAError,
+    MergeError,
+)
 from diffusekrona.tuner.injected import krona_layers
 from tests.modules import Network, inputs, network
 from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -467,6 +474,44 @@ def test_a_real_flux_pipeline_and_its_set_adapters() -> None:
     assert {layer.scaling["default"] for layer in krona_layers(pipe.transformer).values()} == {0.5}
     pipe.unload_lora_weights()
     assert torch.equal(flux_output(pipe.transformer), flux_output(flux()))
+
+
+# Some of the text encoders
+
+
+@FORMS
+@pytest.mark.parametrize("names", [["text_encoder_2"], "text_encoder_2", {"text_encoder_2"}])
+def test_some_of_the_text_encoders_are_adapted_and_saved(names: Any, tmp_path: Path, form: str) -> None:
+    pipe, fresh = tiny_sdxl_pipeline(), tiny_sdxl_pipeline()
+    krona = inject_krona(pipe, config(), text_encoders=names)
+    assert list(krona.components) == ["unet", "text_encoder_2"]
+    assert trainable(pipe) == {id(factor) for factor in krona.parameters()}
+    assert not krona_layers(pipe.text_encoder)
+    save_krona(pipe, tmp_path / form)
+    assert list(load_krona(fresh, tmp_path / form).components) == ["unet", "text_encoder_2"]
+    assert np.array_equal(render(fresh), render(pipe))
+
+
+def test_no_text_encoder_is_adapted_by_an_empty_list() -> None:
+    assert list(inject_krona(tiny_sdxl_pipeline(), config(), text_encoders=[]).components) == ["unet"]
+
+
+@pytest.mark.parametrize(
+    ("build", "names", "there"),
+    [
+        (
+            tiny_sd_pipeline,
+            ["text_encoder", "text_encoder_2"],
+            "this model has, text_encoder; it names 'text_encoder_2'",
+        ),
+        (tiny_sdxl_pipeline, ["unet"], "text_encoder, text_encoder_2; it names 'unet'"),
+        (network, ["text_encoder"], "which are none; it names 'text_encoder'"),
+    ],
+)
+def test_a_text_encoder_that_is_not_there_is_refused_with_those_that_are(build: Any, names: Any, there: str) -> None:
+    model = build()
+    with unchanged(model), pytest.raises(ConfigError, match=there):
+        inject_krona(model, config(), text_encoders=names)
 
 
 # Merging

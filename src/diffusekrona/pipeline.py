@@ -84,7 +84,7 @@ def inject_krona(
     config: KronAConfig | None = None,
     adapter_name: str = "default",
     *,
-    text_encoders: bool = False,
+    text_encoders: bool | Iterable[str] = False,
 ) -> InjectedAdapter:
     """Freeze a pipeline or module, and put a new, trainable adapter into it as the active KronA adapter.
 
@@ -94,8 +94,9 @@ def inject_krona(
         model: a Diffusers pipeline, or any `torch.nn.Module`.
         config: which layers and which factors; the paper's best settings by default.
         adapter_name: what to call it.
-        text_encoders: in a pipeline, adapt its text encoders, too, as the paper does for SD 1.x. By default
-            only the denoiser is adapted, as it does for SDXL (Section 3.2).
+        text_encoders: in a pipeline, adapt its text encoders, too, as the paper does for SD 1.x, or just those of some
+            names, such as `["text_encoder_2"]`. By default only the denoiser is adapted, as it does for SDXL
+            (Section 3.2).
 
     Returns:
         The adapter; hand its `parameters()` to any optimizer. The factors are fp32 whatever the base's dtype.
@@ -103,6 +104,7 @@ def inject_krona(
     Raises:
         FactorShapeError: a targeted layer cannot take its factors.
         AdapterNameError: the name is taken.
+        ConfigError: the pipeline has no text encoder of such a name.
 
     Examples:
         >>> from torch import nn
@@ -115,10 +117,24 @@ def inject_krona(
     """
     found = adaptable_components(model)
     check_free_name(found.values(), adapter_name)
-    chosen = {part: module for part, module in found.items() if text_encoders or is_denoiser(part)}
+    encoders = _encoders(text_encoders, [part for part in found if not is_denoiser(part)])
+    chosen = {part: module for part, module in found.items() if part in encoders or is_denoiser(part)}
     adapter = InjectedAdapter(adapter_name, chosen)
     _inject(model, adapter, dict.fromkeys(chosen, config or KronAConfig()), freeze=True)
     return adapter
+
+
+def _encoders(wanted: bool | Iterable[str], there: list[str]) -> list[str]:
+    """The text encoders that are wanted, of those that a model has."""
+    if not wanted or wanted is True:
+        return there if wanted else []
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if unknown := [name for name in names if name not in there]:
+        raise ConfigError(
+            f"text_encoders must be some of those that this model has, {', '.join(there) or 'which are none'}; it "
+            f"names {', '.join(map(repr, unknown))}."
+        )
+    return names
 
 
 def save_krona(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
 from pydantic.fields import FieldInfo
 
 from .errors import KronAError
@@ -60,6 +60,14 @@ def _expanded(path: Path) -> Path:
 
 FilePath = Annotated[Path, Strict(False), AfterValidator(_expanded)]
 """A path, also as a text; `~` is the home folder."""
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+TextList = Annotated[list[str], BeforeValidator(_listed)]
+"""Texts, also a single one by itself."""
 
 
 def short_name(field: FieldInfo) -> str | None:

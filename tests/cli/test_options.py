@@ -39,6 +39,14 @@ def help_of_training():
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
+def test_text_encoders_are_named_one_by_one():
+    given = given_to("--train_text_encoder", "--text-encoders-to-train", "text_encoder_2")
+    assert given == {"train_text_encoder": True, "text_encoders_to_train": ["text_encoder_2"]}
+    both = given_to(*[part for name in ("a", "b") for part in ("--text_encoders_to_train", name)])
+    assert both == {"text_encoders_to_train": ["a", "b"]}
+    assert given_to("--train-text-encoder") == {"train_text_encoder": True}
+
+
 def test_each_setting_has_a_flag_and_each_flag_its_text():
     text = help_of_training()
     for group in GROUPS:

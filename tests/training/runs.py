@@ -49,7 +49,7 @@ def examples(count: int = 2, prompts: str | Sequence[str] = "a sks toy", seed: i
 
 
 def adapted(
-    build: Callable[[], Any] = tiny_sd_pipeline, *, text_encoders: bool = False, **options: Any
+    build: Callable[[], Any] = tiny_sd_pipeline, *, text_encoders: bool | list[str] = False, **options: Any
 ) -> tuple[Any, dict[str, nn.Parameter]]:
     """A tiny pipeline and the trainable factors of a fresh adapter, the same in every call."""
     with torch.random.fork_rng(devices=[]):
@@ -74,7 +74,7 @@ def trained(
     config: TrainingConfig = QUICK, build: Callable[[], Any] = tiny_sd_pipeline, dropout: float = 0.0, **rest: Any
 ) -> tuple[dict[str, Tensor], tuple[float, ...]]:
     """The factors of a fresh run with few of them, and its losses."""
-    pipe, factors = adapted(build, text_encoders=config.train_text_encoder, dropout=dropout, **SMALL)
+    pipe, factors = adapted(build, text_encoders=config.adapted_encoders, dropout=dropout, **SMALL)
     losses = train(pipe, factors, config, **rest).losses
     return copies(factors), losses
 

@@ -140,7 +140,11 @@ def test_freed_encoders_take_no_memory_and_the_losses_are_the_same(build):
 
 @pytest.mark.parametrize(
     ("values", "left"),
-    [({"train_text_encoder": True}, {"denoiser", "text"}), ({"cache": "none"}, {"denoiser", "text", "vae"})],
+    [
+        ({"train_text_encoder": True}, {"denoiser", "text"}),
+        ({"train_text_encoder": True, "text_encoders_to_train": ["text_encoder"]}, {"denoiser", "text"}),
+        ({"cache": "none"}, {"denoiser", "text", "vae"}),
+    ],
 )
 def test_encoders_that_run_in_each_step_are_not_freed(values, left):
     pipe, _ = adapted(text_encoders="train_text_encoder" in values, **SMALL)

@@ -68,11 +68,45 @@ def test_an_impossible_value_is_refused_by_name(field, value):
         {"prior_loss_weight": 0},
         {"noise_offset": 0},
         {"train_text_encoder": True, "text_encoder_lr": 1e-4},
+        {"train_text_encoder": True, "text_encoders_to_train": ["text_encoder_2"], "text_encoder_lr": 1e-4},
+        {"train_text_encoder": True, "text_encoders_to_train": ["text_encoder_2"], "text_encoder_2_lr": 1e-4},
+        {
+            "train_text_encoder": True,
+            "text_encoders_to_train": ["text_encoder", "text_encoder_2"],
+            "text_encoder_lr": 1e-4,
+            "text_encoder_2_lr": 1e-4,
+        },
     ],
 )
 def test_edge_values_are_accepted(fields):
     for name, value in fields.items():
         assert getattr(TrainingConfig(**fields), name) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"train_text_encoder": False}, "it is used only with train_text_encoder: true"),
+        ({"text_encoders_to_train": []}, r"text_encoders_to_train must be such as \['text_encoder_2'\], not \[\]"),
+        ({"text_encoders_to_train": [2]}, r"text_encoders_to_train must be such as \['text_encoder_2'\], not \[2\]"),
+        ({"text_encoder_3_lr": 1e-4}, "text_encoder_3_lr is given, .* none of the text_encoders_to_train"),
+        ({"text_encoder_lr": 1e-3, "text_encoder_2_lr": 1e-4}, "text_encoder_lr is given, .*, text_encoder_2. Name"),
+    ],
+)
+def test_text_encoders_that_are_chosen_are_trained_and_their_rates_are_theirs(fields, said):
+    chosen = {"train_text_encoder": True, "text_encoders_to_train": ["text_encoder_2"]}
+    with pytest.raises(TrainingConfigError, match=said):
+        TrainingConfig(**{**chosen, **fields})
+
+
+def test_adapted_encoders_are_all_or_those_that_are_named():
+    assert TrainingConfig().adapted_encoders is False
+    config = TrainingConfig(train_text_encoder=True)
+    assert config.adapted_encoders is True
+    one = config.replace(text_encoders_to_train="text_encoder_2")
+    assert one.adapted_encoders == ["text_encoder_2"]
+    assert one == config.replace(text_encoders_to_train=["text_encoder_2"])
+    assert hash(one) == hash(one.replace())
 
 
 def test_each_wrong_value_has_a_sentence_and_an_unknown_name_the_nearest_known_one():

@@ -85,6 +85,14 @@ def test_the_text_encoders_are_adapted_when_asked_for(folder):
     assert any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
 
 
+def test_one_of_the_text_encoders_is_adapted_when_it_is_named(folder):
+    pipe = tiny_sdxl_pipeline()
+    config = TrainingConfig(max_train_steps=1, train_text_encoder=True, text_encoders_to_train=["text_encoder_2"])
+    train_dreambooth(pipe, folder, PROMPT, config)
+    assert any(isinstance(module, KronALayer) for module in pipe.text_encoder_2.modules())
+    assert not any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
+
+
 def test_the_whole_run_depends_on_the_seed_alone(folder):
     runs = []
     for noise in (1, 2):

@@ -17,7 +17,7 @@ from diffusekrona.training import (
     loop,
     prepare_images,
 )
-from tests.pipelines import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 from tests.training.runs import (
     FAMILIES,
     OPTIMIZERS,
@@ -124,6 +124,40 @@ def test_text_encoders_learn_when_asked_to(build):
     # The UNet of SDXL does not listen to the first encoder's last layer.
     assert learnt == encoders if build is tiny_sd_pipeline else len(learnt) > len(encoders) / 2
     assert result.parameters == sum(factor.numel() for factor in factors.values())
+
+
+@pytest.mark.parametrize(
+    ("build", "chosen"),
+    [(tiny_sdxl_pipeline, ["text_encoder_2"]), (tiny_sd3_pipeline, ["text_encoder", "text_encoder_3"])],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_the_text_encoders_that_are_named_learn(build, chosen, recompute):
+    config = QUICK.replace(
+        train_text_encoder=True, text_encoders_to_train=chosen, gradient_checkpointing=recompute, seed=1
+    )
+    pipe, factors = adapted(build, text_encoders=config.adapted_encoders)
+    frozen = [f"text_encoder{end}" for end in ("", "_2", "_3") if f"text_encoder{end}" not in chosen]
+    before, started = copies(weights(pipe)), copies(factors)
+    modes = []
+
+    def look(_):
+        for part in (*chosen, *frozen):
+            encoder = getattr(pipe, part, None)
+            modes.append((part, getattr(encoder, "training", None)))
+
+    train(pipe, factors, config, on_step=look)
+    assert {part for part, mode in modes if mode} == set(chosen)
+    learnt = {name.partition(".")[0] for name in factors if not torch.equal(started[name], factors[name])}
+    assert learnt == {*chosen, "unet" if build is tiny_sdxl_pipeline else "transformer"}
+    after = weights(pipe)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.partition(".")[0] in frozen)
+
+
+def test_a_text_encoder_that_the_pipeline_does_not_have_is_refused_with_those_that_it_has():
+    pipe, factors = adapted(tiny_sdxl_pipeline)
+    config = QUICK.replace(train_text_encoder=True, text_encoders_to_train=["text_encoder_3", "text_encoder"])
+    with pytest.raises(TrainingConfigError, match=r"names text_encoder_3, .* are text_encoder, text_encoder_2\.$"):
+        train(pipe, factors, config)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -186,6 +186,12 @@ def test_a_learning_rate_of_no_text_encoder_is_refused():
         optimizer_of(parameters(), config)
 
 
+def test_parameters_of_a_text_encoder_that_is_not_named_are_refused():
+    config = TrainingConfig(train_text_encoder=True, text_encoders_to_train=["text_encoder_2"])
+    with pytest.raises(TrainingConfigError, match=r"Parameters of text_encoder are given, .* only text_encoder_2\.$"):
+        optimizer_of(parameters(), config)
+
+
 def test_b_has_a_multiple_of_as_learning_rate_in_every_part():
     names = ("krona_A", "krona_B", "krona_B1", "krona_B2", "lora_A.default.weight", "lora_B.default.weight")
     found = {f"{part}.to_q.{name}": nn.Parameter(torch.ones(2)) for part in ("unet", "text_encoder") for name in names}

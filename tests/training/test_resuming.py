@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusekrona import storage as files
 from diffusekrona.training import CheckpointError, TrainingConfig, TrainingInterrupted
+from tests.pipelines import tiny_sdxl_pipeline
 from tests.training.processes import started
 from tests.training.runs import PIPELINES, SMALL, adapted, copies, examples, need, same, train, trained
 
@@ -62,6 +63,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(build, kind, tmp_pat
     whole = trained(config, **options)
     begun(tmp_path, config, **options)
     assert same_run(trained(config, **options, folder=tmp_path, resume=True), whole)
+
+
+def test_a_run_that_trains_one_of_two_text_encoders_is_resumed_bit_for_bit_and_not_with_the_other(tmp_path):
+    config = CONFIG.replace(train_text_encoder=True, text_encoders_to_train=["text_encoder_2"], text_encoder_2_lr=1e-3)
+    options = {"build": tiny_sdxl_pipeline, "dropout": 0.5}
+    whole = trained(config, **options)
+    assert {name.partition(".")[0] for name in whole[0]} == {"unet", "text_encoder_2"}
+    begun(tmp_path, config, **options)
+    assert same_run(trained(config, **options, folder=tmp_path, resume=True), whole)
+    other = config.replace(text_encoders_to_train=["text_encoder"], text_encoder_2_lr=None)
+    with pytest.raises(CheckpointError, match=r"text_encoders_to_train was \['text_encoder_2'\] and is"):
+        trained(other, **options, folder=tmp_path, resume=True)
 
 
 def test_a_run_with_class_images_and_a_cache_on_disk_is_resumed_bit_for_bit(tmp_path):

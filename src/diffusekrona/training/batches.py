@@ -246,5 +246,27 @@ def free_encoders(pipe: Any, config: TrainingConfig) -> None:
 
 def text_encoders(pipe: Any) -> list[nn.Module]:
     """The text encoders that a pipeline has."""
+    return list(_named_encoders(pipe).values())
+
+
+def trained_encoders(pipe: Any, config: TrainingConfig) -> list[nn.Module]:
+    """Those of a pipeline's text encoders that are trained. If one is, the others run in each step, too, but frozen.
+
+    Raises:
+        TrainingConfigError: one is named that the pipeline does not have.
+    """
+    if not config.train_text_encoder:
+        return []
+    found = _named_encoders(pipe)
+    chosen = config.text_encoders_to_train or list(found)
+    if unknown := [name for name in chosen if name not in found]:
+        raise TrainingConfigError(
+            f"text_encoders_to_train names {', '.join(unknown)}, but the text encoders of this pipeline are "
+            f"{', '.join(found) or 'none'}."
+        )
+    return [module for name, module in found.items() if name in chosen]
+
+
+def _named_encoders(pipe: Any) -> dict[str, nn.Module]:
     names = [name for name in pipe.components if name.startswith("text_encoder")]
-    return [module for name in names if isinstance(module := getattr(pipe, name, None), nn.Module)]
+    return {name: module for name in names if isinstance(module := getattr(pipe, name, None), nn.Module)}

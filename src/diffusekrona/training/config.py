@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ..errors import KronAError, TrainingConfigError
-from ..schema import SettingsModel
+from ..schema import SettingsModel, TextList
 
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -31,6 +32,7 @@ _USED_BY: dict[str, tuple[str, object]] = {
     "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts"),
     "lr_power": ("lr_scheduler", "polynomial"),
     "mode_scale": ("timestep_sampling", "mode"),
+    "text_encoders_to_train": ("train_text_encoder", True),
 }
 """Settings that have a meaning only where another one has a certain value."""
 
@@ -65,6 +67,9 @@ class TrainingConfig(TrainingSettings):
     train_text_encoder: bool = False
     """Adapt the text encoders' attention, too, as the paper does for Stable Diffusion 1.x; they then run in
     each step."""
+    text_encoders_to_train: TextList | None = Field(default=None, min_length=1, examples=[["text_encoder_2"]])
+    """Name of a text encoder that train_text_encoder adapts, such as "text_encoder_2"; as a flag it is repeatable. The
+    others stay frozen, but run in each step, too. By default all are adapted."""
     train_batch_size: int = Field(default=1, ge=1)
     """Images per pass and process. Where there are fewer images, some are drawn repeatedly."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -160,7 +165,12 @@ class TrainingConfig(TrainingSettings):
     """Number of checkpoints that are kept, the newest ones."""
 
     def __hash__(self) -> int:
-        return hash(tuple(value for name, value in self if name != "optimizer_args"))
+        return hash(tuple(value for _, value in self if isinstance(value, Hashable)))
+
+    @property
+    def adapted_encoders(self) -> bool | list[str]:
+        """Which text encoders are adapted, as `inject_krona` takes it."""
+        return self.text_encoders_to_train or self.train_text_encoder
 
     def in_steps(self, images: int, processes: int) -> TrainingConfig:
         """The same with the number of steps in which so many images are each used `num_train_epochs` times."""
@@ -205,7 +215,19 @@ class TrainingConfig(TrainingSettings):
                 raise TrainingConfigError(
                     f"{name} is given, but the text encoders are not trained: turn train_text_encoder on."
                 )
+            chosen = self.text_encoders_to_train
+            if getattr(self, name) is not None and chosen is not None and not self._has_use_for(name, chosen):
+                raise TrainingConfigError(
+                    f"{name} is given, but it is the rate of none of the text_encoders_to_train, "
+                    f"{', '.join(chosen)}. Name its text encoder there, or leave it out."
+                )
         return self
+
+    def _has_use_for(self, rate: str, encoders: list[str]) -> bool:
+        """Whether a learning rate is that of one of some text encoders; the first one's is also that of others."""
+        of_its_own = rate.removesuffix("_lr") in encoders
+        others = [name for name in encoders if getattr(self, f"{name}_lr", None) is None]
+        return of_its_own or (rate == ENCODER_RATES[0] and bool(others))
 
 
 class ImageSettings(TrainingSettings):

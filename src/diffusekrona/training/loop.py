@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingConfigError, TrainingDivergedError, TrainingInterrupted
-from .batches import AsBase, Batches, free_encoders, text_encoders
+from .batches import AsBase, Batches, free_encoders, trained_encoders
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .data import TrainingImage
@@ -126,7 +126,7 @@ def fit(
     about: Mapping[str, Any] | None = None,
     keep_encoders: bool = True,
 ) -> TrainingResult:
-    """Train parameters of a pipeline's denoiser, and of its text encoders if `config.train_text_encoder`.
+    """Train parameters of a pipeline's denoiser, and of its text encoders if the config says so.
 
     The pipeline is moved to accelerate's device. Its scheduler, its frozen weights and each module's train or
     eval mode are as before when this returns or raises. With `ema_decay`, the parameters end as their averages,
@@ -170,7 +170,7 @@ def fit(
     if config.cache == "disk" and folder is None:
         raise TrainingConfigError("cache 'disk' needs a folder for its files.")
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    trained = [family.denoiser, *(text_encoders(pipe) if config.train_text_encoder else [])]
+    trained = [family.denoiser, *trained_encoders(pipe, config)]
     with ExitStack() as borrowed:
         accelerator = borrowed.enter_context(accelerator_for(config.mixed_precision))
         config = config.in_steps(len(images), accelerator.num_processes)

@@ -56,6 +56,12 @@ def _matrices_and_others(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _groups(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
     """The parameters by their learning rates: the denoiser's, each text encoder's, and B's among them."""
     parts = {_part(name) for name in parameters}
+    chosen = config.text_encoders_to_train
+    if chosen is not None and (others := parts - {"", *chosen}):
+        raise TrainingConfigError(
+            f"Parameters of {', '.join(sorted(others))} are given, but text_encoders_to_train names only "
+            f"{', '.join(chosen)}."
+        )
     common = config.text_encoder_lr or config.learning_rate
     rates = {"": config.learning_rate, "text_encoder": common}
     for name in ENCODER_RATES[1:]:

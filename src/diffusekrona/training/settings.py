@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
 from pydantic.fields import FieldInfo
 
 from ..bases.quantization import Quantization
 from ..errors import TrainingConfigError
 from ..evaluation import CLIP, DINO
-from ..schema import FilePath, SettingsModel, read_mapping, short_name, unknown
+from ..schema import FilePath, SettingsModel, TextList, read_mapping, short_name, unknown
 from ..tuner.fields import FIELDS, Init
 from .config import ImageSettings, TrainingConfig, TrainingSettings
 from .script_names import MEANT, answer, translated
@@ -150,10 +150,6 @@ class PriorSettings(TrainingSettings):
         return self
 
 
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 class OutputSettings(TrainingSettings):
     """What comes out, and where it goes."""
 
@@ -166,7 +162,7 @@ class OutputSettings(TrainingSettings):
     """Start anew where an earlier run has left checkpoints, or other files are in the way, and replace them."""
     also: Literal["lokr"] | None = None
     """Write another copy of the adapter: "lokr" for ComfyUI and kohya's scripts."""
-    validation_prompt: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
+    validation_prompt: TextList = Field(default_factory=list)
     """Prompt of a picture that is drawn every validation_steps steps; as a flag it is repeatable."""
     validation_steps: int = Field(default=100, ge=1)
     """Number of optimizer steps between two pictures of a validation prompt."""
