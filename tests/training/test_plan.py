@@ -112,6 +112,17 @@ def test_text_encoders_that_are_trained_keep_activations_too(base):
     assert saved.bytes <= trained.activations - frozen.activations < 4 * saved.bytes
 
 
+def test_only_the_named_encoders_are_trained_and_the_others_are_there_in_each_step(tmp_path):
+    pipe, folder = saved_base(tiny_sdxl_pipeline, tmp_path)
+    one = settings(folder, train_text_encoder=True, text_encoders_to_train=["text_encoder_2"], optimizer="lion")
+    found, none, both = plan(one), plan(settings(folder)), plan(settings(folder, train_text_encoder=True))
+    krona = inject_krona(pipe, KronAConfig(a1=4, a2=8), text_encoders=["text_encoder_2"])
+    assert found.parameters == sum(factor.numel() for factor in krona.parameters())
+    assert none.parameters < found.parameters < both.parameters
+    assert none.activations < found.activations < both.activations
+    assert (found.weights, found.encoders) == (both.weights, both.encoders)
+
+
 def test_encoders_are_there_before_the_first_step_or_in_every_one(base):
     pipe, folder = base
     texts = sum(weight.nbytes for encoder in text_encoders(pipe) for weight in encoder.parameters())

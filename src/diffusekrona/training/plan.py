@@ -26,7 +26,7 @@ from ..files.merge_base import folder_components
 from ..pipeline import inject_krona
 from ..tuner.compat import fake_tensors, recompute_blocks, storage_key
 from ..tuner.injected import krona_layers
-from .batches import text_encoders
+from .batches import text_encoders, trained_encoders
 from .config import ENCODER_RATES, TrainingConfig
 from .dreambooth import training_resolution
 from .families import family_of
@@ -151,18 +151,19 @@ def plan(settings: Settings) -> Plan:
         family = family_of(pipe)
         denoiser = family.denoiser
         encoders = text_encoders(pipe)
-        trained = [denoiser, *(encoders if training.train_text_encoder else [])]
+        trained = [denoiser, *trained_encoders(pipe, training)]
         of_base = sum(p.numel() for module in trained for p in module.parameters())
-        krona = inject_krona(pipe, settings.adapter.config(), text_encoders=training.train_text_encoder)
+        krona = inject_krona(pipe, settings.adapter.config(), text_encoders=training.adapted_encoders)
         side = training_resolution(pipe, settings.images.resolution)
         images = training_images(settings, image_plan(settings, side, family.reduction))
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
         stored = {id(part): settings.quantization.of(name) for name, part in pipe.components.items()}
         copied = [weight for module in trained for weight in _copied(module, stored[id(module)])]
         activations = _activation_bytes(trained, copied, partial(_forward, pipe, training, side, texts), training)
-        idle = [module for module in (pipe.vae, *encoders) if module not in trained]
+        steps = [*trained, *(encoders if training.train_text_encoder else [])]  # one that is trained, and all run
+        idle = [module for module in (pipe.vae, *encoders) if module not in steps]
         factors = sum(factor.nbytes for factor in krona.parameters())
-        weights, others = _bytes(trained, stored) - factors, _bytes(idle, stored)
+        weights, others = _bytes(dict.fromkeys(steps), stored) - factors, _bytes(idle, stored)
         all_models = weights + others
         if training.offload != "none":  # then one block is there at a time
             blocks = [_bytes([block], {id(block): None}) for block in blocks_of(denoiser)]
@@ -195,7 +196,8 @@ def _moment_bytes(shapes: Sequence[tuple[int, ...]], training: TrainingConfig) -
     found = 0
     for shape, count in Counter(shapes).items():
         parameter = nn.Parameter(torch.zeros(shape))
-        config = training.replace(train_text_encoder=False, loraplus_lr_ratio=1.0, **dict.fromkeys(ENCODER_RATES))
+        plain = dict.fromkeys(("text_encoders_to_train", *ENCODER_RATES))
+        config = training.replace(train_text_encoder=False, loraplus_lr_ratio=1.0, **plain)
         optimizer = optimizer_of({"a": parameter}, config)
         parameter.grad = torch.ones(shape)
         optimizer.step()
@@ -260,7 +262,7 @@ def _forward(pipe: Any, training: TrainingConfig, side: int, texts: int) -> list
     family, count = family_of(pipe), training.train_batch_size
     latents = torch.empty(count, *family.latent_shape(side, side), dtype=family.dtype)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(training.mixed_precision)
-    trained = text_encoders(pipe) if training.train_text_encoder else []
+    trained = trained_encoders(pipe, training)
     most = family.TOKENS[1] if family.TOKENS else T5_TOKENS
     with torch.autocast("cpu", half, enabled=half is not None):
         hidden = [_encoded(encoder, texts, most) for encoder in trained]
