@@ -9,6 +9,7 @@ has some hundred, and what could be trained here can be loaded.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import accumulate
@@ -56,8 +57,10 @@ def check_expressions(field: str, expressions: Collection[str], whole: bool = Fa
         try:
             re.compile(expression)
             if not whole:  # a flag would have to come first, and the name of a group may be taken
-                re.compile(rf"(.*\.)?({expression})$(?P<idx>)")
-        except (re.error, OverflowError, RecursionError) as error:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", DeprecationWarning)  # which is all that Python 3.10 says of flags
+                    re.compile(rf"(.*\.)?({expression})$(?P<idx>)")
+        except (re.error, OverflowError, RecursionError, DeprecationWarning) as error:
             raise ConfigError(
                 f"{field} has {_short(expression)}, which is not a regular expression that can be used: {error}."
             ) from error
