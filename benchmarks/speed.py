@@ -1,10 +1,11 @@
 """What a training step of one adapted layer costs beside the peers': `python -m benchmarks.speed`.
 
-Every attention projection of SDXL at 1024², of Stable Diffusion 1.5 at 512² and of a FLUX-like transformer, fp32 on
-this machine's CPU: forward and backward, the input asking for its gradient as it does inside a network. All methods
-take turns in every round, in random order; a ratio is the median over the rounds of one method's time over the
-frozen layer's in the same round. "Saved" are the bytes kept for the backward pass, "peak" the most that is allocated
-at once, parameters left out of both. Writes `benchmarks/results/speed.md`, `.json` and `.png`.
+Every attention projection of SDXL at 1024², of Stable Diffusion 1.5 at 512², of a FLUX-like transformer and of FLUX.2
+klein 4B at 512², whose single blocks have them fused with the feed-forward layers. In fp32 on this machine's CPU:
+forward and backward, the input asking for its gradient as it does inside a network. All methods take turns in every
+round, in random order; a ratio is the median over the rounds of one method's time over the frozen layer's in the same
+round. "Saved" are the bytes kept for the backward pass, "peak" the most that is allocated at once, parameters left out
+of both. Writes `benchmarks/results/speed.md`, `.json` and `.png`.
 """
 
 from __future__ import annotations
@@ -40,13 +41,26 @@ SD15 = (
     Shape("SD 1.5 1280, text", tokens=77, h=768, d=1280, layers=12),
 )
 FLUX = (Shape("FLUX-like 3072", tokens=4608, h=3072, d=3072, layers=1),)
-MODELS = {"SDXL": SDXL, "SD 1.5": SD15, "FLUX-like": FLUX}
+KLEIN = (
+    Shape("klein, image", tokens=1024, h=3072, d=3072, layers=20),
+    Shape("klein, text", tokens=512, h=3072, d=3072, layers=20),
+    Shape("klein, fused in", tokens=1536, h=3072, d=27648, layers=20),
+    Shape("klein, fused out", tokens=1536, h=12288, d=3072, layers=20),
+)
+"""The 5 double and 20 single blocks of FLUX.2 klein 4B at 512², with 512 tokens of text, as PEFT's benchmark has it."""
+
+MODELS = {"SDXL": SDXL, "SD 1.5": SD15, "FLUX-like": FLUX, "FLUX.2 klein": KLEIN}
+HUGE = ("LyCORIS (4, 64) bypass", "B first (4, 64)")
+"""Methods that take over ten GB on klein's fused layers."""
+
+SLOW = (*FLUX, *KLEIN)
+"""A round on these takes up to half a minute."""
 FLOOR = "frozen base"
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """All methods on one shape."""
-    actions = steps(METHODS, shape)
+    actions = steps({name: method for name, method in METHODS.items() if shape not in KLEIN or name not in HUGE}, shape)
     seconds = timed_in_turns(actions, rounds)
     return {
         "shape": shape.__dict__,
@@ -59,13 +73,14 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 
 def mix(found: list[dict[str, Any]], what: str) -> dict[str, float]:
     """Sum over a model's layers."""
-    return {name: sum(f["shape"]["layers"] * f[what][name] for f in found) for name in METHODS}
+    return {name: sum(f["shape"]["layers"] * f[what][name] for f in found) for name in found[0][what]}
 
 
 def mixed_ratio(found: list[dict[str, Any]]) -> dict[str, float]:
     """Time of all of a model's layers over the frozen ones', each shape's paired ratio weighted by its frozen time."""
     floor = [f["shape"]["layers"] * f["seconds"][FLOOR] for f in found]
-    return {name: sum(w * f["ratio"][name] for w, f in zip(floor, found, strict=True)) / sum(floor) for name in METHODS}
+    names = found[0]["ratio"]
+    return {name: sum(w * f["ratio"][name] for w, f in zip(floor, found, strict=True)) / sum(floor) for name in names}
 
 
 def shape_table(found: list[dict[str, Any]]) -> list[str]:
@@ -75,7 +90,7 @@ def shape_table(found: list[dict[str, Any]]) -> list[str]:
     sizes = [f"{f['shape']['tokens']} × {f['shape']['h']} → {f['shape']['d']}" for f in found]
     lines.append("| *tokens × h → d* | " + " | ".join(sizes) + " |")
     lines.append("| *frozen layer, ms* | " + " | ".join(f"{1e3 * f['seconds'][FLOOR]:.2f}" for f in found) + " |")
-    for method in METHODS:
+    for method in found[0]["ratio"]:
         lines.append(f"| {method} | " + " | ".join(f"{f['ratio'][method]:.2f}" for f in found) + " |")
     return lines
 
@@ -88,7 +103,7 @@ def mix_table(found: list[dict[str, Any]]) -> list[str]:
         "| all layers | step / frozen | step / LoRA r=4 | saved / LoRA r=4 | peak / LoRA r=4 |",
         "|---|---|---|---|---|",
     ]
-    for name in METHODS:
+    for name in ratios:
         lines.append(
             f"| {name} | {ratios[name]:.3f} | {ratios[name] / ratios[lora]:.3f} "
             f"| {saved[name] / saved[lora]:.3f} | {peak[name] / peak[lora]:.3f} |"
@@ -101,10 +116,11 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     names = list(METHODS)[1:]
+    width = 0.8 / len(groups)
     for number, (model, found) in enumerate(groups.items()):
         ratios = mixed_ratio(found)
-        places = [i + (number - 1) * 0.27 for i in range(len(names))]
-        axis.barh(places, [ratios[name] for name in names], height=0.25, label=model)
+        places = [i + (number - (len(groups) - 1) / 2) * width for i in range(len(names))]
+        axis.barh(places, [ratios.get(name, 0) for name in names], height=0.93 * width, label=model)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
@@ -116,9 +132,9 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def report(measured: dict[str, Any]) -> list[str]:
     """All tables, in Markdown; writes the pictures."""
     groups = measured["groups"]
-    lines = [__doc__ or "", measured["conditions"]]
+    lines = [__doc__ or ""]
     for model, found in groups.items():
-        lines += ["", f"## {model}", "", *mix_table(found), "", *shape_table(found)]
+        lines += ["", f"## {model}", "", measured["conditions"][model], "", *mix_table(found), "", *shape_table(found)]
     ratios = {Shape(**f["shape"]): f["ratio"] for found in groups.values() for f in found}
     balance = prediction.fitted_balance(ratios)
     lines += ["", "## What is counted", "", *prediction.counts_table(ratios)]
@@ -128,27 +144,31 @@ def report(measured: dict[str, Any]) -> list[str]:
     return lines
 
 
+def measured_models(models: list[str], rounds: int, before: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before, with these models anew."""
+    fewer = max(3, rounds // 3)
+    groups, conditions = dict(before.get("groups", {})), dict(before.get("conditions", {}))
+    for model in models:
+        counts = [fewer if shape in SLOW else rounds for shape in MODELS[model]]
+        groups[model] = [measure(shape, count) for shape, count in zip(MODELS[model], counts, strict=True)]
+        conditions[model] = (
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {counts[0]} rounds."
+        )
+    return {"groups": groups, "conditions": conditions}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", choices=MODELS, action="append", help="measure only this one, and keep the others")
     parser.add_argument("--tables-only", action="store_true", help="write the tables again from the last measurements")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    stored, rounds = RESULTS / "speed.json", arguments.rounds
-    if arguments.tables_only:
-        measured = json.loads(stored.read_text(encoding="utf-8"))
-    else:
-        fewer = max(3, rounds // 3)  # a round on the FLUX-like shape takes half a minute
-        groups = {
-            model: [measure(shape, fewer if shape in FLUX else rounds) for shape in shapes]
-            for model, shapes in MODELS.items()
-        }
-        conditions = (
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {rounds} rounds "
-            f"(FLUX-like: {fewer})."
-        )
-        measured = {"conditions": conditions, "groups": groups}
+    stored = RESULTS / "speed.json"
+    measured = json.loads(stored.read_text(encoding="utf-8")) if arguments.tables_only or arguments.model else {}
+    if not arguments.tables_only:
+        measured = {**measured, **measured_models(arguments.model or list(MODELS), arguments.rounds, measured)}
         stored.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(report(measured))
     print(text)
