@@ -3,9 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 
-from . import art, pictures
-from .art import CACHE, Subject
+from research import subjects as drawn
+from research.judges import seeing, spoiling
+
+from . import art, pictures, vae
+from .art import CACHE, STYLES, Subject
 from .scenes import Scene
 
 FOLDER = CACHE / "subjects"
@@ -31,7 +37,32 @@ def draw_subject(subject: Subject, folder: Path) -> None:
         (folder / f"{view}-{colour}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
+def save_drawings(subject: Subject, folder: Path) -> None:
+    """The subject as it was drawn, and its kin in 256 colours."""
+    (folder / "kin").mkdir(parents=True, exist_ok=True)
+    for name in STYLES:
+        if (name, subject.drawing) not in art.places():
+            continue
+        drawing = spoiling.to_image(art.bank()[art.places()[name, subject.drawing]].float() / 255)
+        if name == subject.set:
+            drawing.save(folder / "true.png", optimize=True)
+        else:
+            drawing.quantize(256, Image.Quantize.FASTOCTREE).save(folder / "kin" / f"{name}.png", optimize=True)
+
+
 def draw_all() -> None:
-    """A folder for each subject."""
+    """Folders for each subject: its pictures in the cache, its drawings where judges look for them."""
     for subject in art.subjects():
         draw_subject(subject, FOLDER / subject.name)
+        save_drawings(subject, drawn.HERE / subject.name)
+
+
+def save_decoded(network: AutoencoderKL) -> None:
+    """What the autoencoder makes of a picture and of a small one of each subject, beside its drawings."""
+    for subject in drawn.subjects().values():
+        for name, view in seeing.DECODED.items():
+            shown = seeing.on(spoiling.from_image(subject.drawing()), *view)
+            levels = torch.from_numpy(np.array(shown)).permute(2, 0, 1) / 255
+            decoded = vae.decoded(network, pictures.to_network([levels]))[0].cpu() / 2 + 0.5
+            file = drawn.HERE / subject.name / f"{name.replace(', ', '-')}.jpg"
+            pictures.to_image(decoded).save(file, quality=95, subsampling=0)

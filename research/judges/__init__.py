@@ -1,1 +1,1 @@
-"""Judges of the small base's pictures: a classifier, and rules that read pixels."""
+"""Judges of the small bases' pictures: classifier, rules that read pixels, and scores that know the true drawing."""
