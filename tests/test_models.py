@@ -30,7 +30,12 @@ def test_the_base_loads_in_half_precision_where_that_is_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("emoji-clip", CLIPModel), ("emoji-vit", ViTModel), ("emoji-classifier", ResNetForImageClassification)],
+    [
+        ("emoji-clip", CLIPModel),
+        ("emoji-vit", ViTModel),
+        ("emoji-classifier", ResNetForImageClassification),
+        ("drawings-encoder", ResNetForImageClassification),
+    ],
 )
 def test_judges_load_in_float32_without_a_dtype(name: str, kind: type) -> None:
     model = kind.from_pretrained(MODELS / name)
@@ -39,7 +44,7 @@ def test_judges_load_in_float32_without_a_dtype(name: str, kind: type) -> None:
 
 def test_all_weights_are_stored_in_half_precision() -> None:
     files = sorted(MODELS.rglob("*.safetensors"))
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         dtypes = {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()}
         assert dtypes == {torch.float16}, file

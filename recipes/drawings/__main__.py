@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from . import art, classifier, export, judge, subjects, unet, vae
+from . import art, classifier, encoder, export, judge, subjects, unet, vae
 from .training import note
 
 
@@ -21,6 +21,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "unet": unet.train,
     "export": export.export,
     "classifier": classifier.train,
+    "encoder": encoder.train,
     "judge": judge.judge,
 }
 
