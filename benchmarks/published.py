@@ -136,7 +136,7 @@ BASES = {
     ),
     "pixart": Published("PixArtSigmaPipeline", "pixart-sigma", (_T5_XXL,), _autoencoder(**_LEVELS), _DIFFUSION),
     "wan": Published(
-        "WanPipeline", "wan-1.3b", (_text("UMT5EncoderModel", "UMT5Config", {**_T5, "vocab_size": 256384}),),
+        "WanPipeline", "wan-1300m", (_text("UMT5EncoderModel", "UMT5Config", {**_T5, "vocab_size": 256384}),),
         _autoencoder("AutoencoderKLWan"), ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
     ),
 }  # fmt: skip

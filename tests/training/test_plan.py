@@ -190,7 +190,6 @@ def test_a_plan_measures_the_state_of_other_optimizers(name, least, most, base):
 def test_of_blocks_that_wait_elsewhere_a_plan_counts_one(how, base):
     pipe, folder = base
     found = plan(settings(folder, offload=how))
-    inject_krona(pipe, KronAConfig(a1=4, a2=8))
     denoiser = family_of(pipe).denoiser
     sizes = [sum(weight.nbytes for weight in block.parameters()) for block in blocks_of(denoiser)]
     assert found.weights == sum(weight.nbytes for weight in denoiser.parameters()) - sum(sizes) + max(sizes)

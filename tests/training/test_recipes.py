@@ -36,7 +36,7 @@ OF_FAMILIES = {
     "qwen-image.yaml": ("qwen-image", "qwen-image"),
     "sana.yaml": ("sana", "sana-1600m"),
     "sd35.yaml": ("sd3", "sd35-large"),
-    "wan.yaml": ("wan", "wan-1.3b"),
+    "wan.yaml": ("wan", "wan-1300m"),
     "z-image.yaml": ("z-image", "z-image"),
 }
 """Recipes of families of which the paper says nothing: the tiny pipeline of each, and the architecture."""

@@ -70,7 +70,7 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sana-1600m": ("SanaTransformer2DModel", {}),
     "pixart-sigma": ("PixArtTransformer2DModel", {"caption_channels": 4096, "interpolation_scale": 2}),
     "wan-14b": ("WanTransformer3DModel", {}),
-    "wan-1.3b": ("WanTransformer3DModel", {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}),
+    "wan-1300m": ("WanTransformer3DModel", {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}),
 }  # fmt: skip
 """Transformers by name: their class in Diffusers, and what differs from its defaults, which are a published model's.
 

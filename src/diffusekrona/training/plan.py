@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -162,11 +162,11 @@ def plan(settings: Settings) -> Plan:
         activations = _activation_bytes(trained, copied, partial(_forward, pipe, training, side, texts), training)
         steps = [*trained, *(encoders if training.train_text_encoder else [])]  # one that is trained, and all run
         idle = [module for module in (pipe.vae, *encoders) if module not in steps]
-        factors = sum(factor.nbytes for factor in krona.parameters())
-        weights, others = _bytes(dict.fromkeys(steps), stored) - factors, _bytes(idle, stored)
+        factors = set(krona.parameters())
+        weights, others = _bytes(dict.fromkeys(steps), stored, factors), _bytes(idle, stored)
         all_models = weights + others
         if training.offload != "none":  # then one block is there at a time
-            blocks = [_bytes([block], {id(block): None}) for block in blocks_of(denoiser)]
+            blocks = [_bytes([block], {id(block): None}, factors) for block in blocks_of(denoiser)]
             weights -= sum(blocks) - max(blocks, default=0)
     training = training.in_steps(len(images), 1)
     parameters = sum(p.numel() for p in krona.parameters())
@@ -238,13 +238,15 @@ def _configured(folder: Path, kind: Any) -> Any:
         raise BaseModelError(f"{folder} has no configuration of {kind} that can be read: {error}") from error
 
 
-def _bytes(modules: Iterable[nn.Module], stored: Mapping[int, str | None]) -> int:
-    """Of all weights; of linear layers that are quantized, about, in the format for the id of their model."""
+def _bytes(modules: Iterable[nn.Module], stored: Mapping[int, str | None], but: Collection[Tensor] = ()) -> int:
+    """Of all weights but some; of linear layers that are quantized, about, in the format for the id of their model."""
     found = 0.0
     for module in modules:
         kind = stored[id(module)]
         linear = {id(layer.weight) for layer in module.modules() if type(layer) is nn.Linear} if kind else set()
         for weight in module.parameters():
+            if weight in but:
+                continue
             found += weight.numel() * BYTES[str(kind)] if id(weight) in linear else weight.nbytes
     return round(found)
 
