@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffusekrona import KronAConfig, inject_krona, merge_krona, unload_krona, unmerge_krona
@@ -166,6 +167,29 @@ def test_the_fused_step_over_a_quantized_layer_is_the_one_of_its_own_call(build,
         assert one.dtype == other.dtype
         close = 0.03 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(one, other, rtol=close, atol=close * float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("build", [bnb_4bit, torchao_int8, torchao_float8])
+def test_another_methods_layer_beneath_is_called_and_gets_its_gradients(build, monkeypatch):
+    def step():
+        torch.manual_seed(4)
+        model = nn.Sequential(build())
+        lora = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        inject_adapter_in_model(lora, model, "lora")
+        inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"], init_b="normal"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or "krona_" in name)
+        given = x().requires_grad_()
+        model(given).square().sum().backward()
+        return [given.grad, *(p.grad for name, p in model.named_parameters() if p.requires_grad)]
+
+    found = step()
+    monkeypatch.setattr("diffusekrona.tuner.layer.quantized_linear", lambda base: None)
+    expected = step()
+    assert len(found) == 5
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [torchao_dynamic, bnb_8bit, quanto])

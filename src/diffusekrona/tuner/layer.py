@@ -449,7 +449,8 @@ def can_fuse(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 def frozen_to_fuse(layer: nn.Module, x: Tensor) -> QuantizedLinear | None:
     """A quantized layer for `frozen_with_kron`, under the conditions of `can_fuse`; None where it does not apply."""
     if (
-        type(layer) is nn.Conv2d
+        not isinstance(layer, nn.Linear)  # also other methods' layers, which have the weight of the one beneath
+        or isinstance(layer, BaseTunerLayer)
         or type(x) not in (Tensor, nn.Parameter)
         or not torch.is_grad_enabled()
         or has_listeners(layer)
