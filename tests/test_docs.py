@@ -8,8 +8,10 @@ import importlib
 import io
 import re
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import nbformat
@@ -21,7 +23,7 @@ from nbclient import NotebookClient
 from peft import LoraConfig
 from PIL import Image
 
-from diffusekrona import KronAConfig, inject_krona, save_krona
+from diffusekrona import KronAConfig, inject_krona, load_krona, save_krona, unload_krona
 from diffusekrona.cli import app
 from diffusekrona.training import families
 from research.study.studies import STUDIES
@@ -219,3 +221,54 @@ def rooms(folder: Path) -> set[str]:
     """Folders of Python, with a slash, and modules."""
     folders = {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
     return folders | {path.name for path in folder.glob("*.py") if not path.name.startswith("__")}
+
+
+# The walks
+
+
+@pytest.fixture(scope="module")
+def walks() -> list[list[tuple[str, str]]]:
+    """The files and functions of each walk, in order."""
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("### Two walks\n")[1].split("\nA new ")[0]
+    steps: list[list[tuple[str, str]]] = []
+    for number, file, names in re.findall(r"^(\d+)\. `([\w/]+\.py)`: (.*)$", section, re.MULTILINE):
+        if number == "1":
+            steps.append([])
+        steps[-1].append((file, re.findall(r"`(\w+)`", names)[0]))
+    return steps
+
+
+def entered(act: Callable[[], object]) -> list[tuple[str, str]]:
+    """The files and functions of ours that a call enters, each once, in order; a class by its first method."""
+    found: dict[tuple[str, str], None] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(SOURCES):
+            holder = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else ""
+            for name in (frame.f_code.co_name, holder):
+                found.setdefault((path.relative_to(SOURCES).as_posix(), name))
+
+    sys.setprofile(note)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return list(found)
+
+
+def test_a_lokr_file_takes_the_walk_that_is_described(walks: list[list[tuple[str, str]]], tmp_path: Path) -> None:
+    pipe = tiny_sdxl_pipeline()
+    inject_krona(pipe, KronAConfig(a1=4, a2=4, init_weights=False))
+    save_krona(pipe, tmp_path / "adapter.safetensors", format="kohya")
+    unload_krona(pipe)
+    passed = entered(lambda: load_krona(pipe, tmp_path / "adapter.safetensors"))
+    assert [passed.index(step) for step in walks[0]] == sorted(passed.index(step) for step in walks[0])
+    assert len({file for file, _ in walks[0]}) <= 10
+
+
+def test_an_input_takes_the_walk_that_is_described(walks: list[list[tuple[str, str]]]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    inject_krona(model, KronAConfig(a1=4, a2=8, target_modules=["0"]))
+    passed = entered(lambda: model(torch.ones(3, 64)).sum().backward())
+    assert [passed.index(step) for step in walks[1]] == sorted(passed.index(step) for step in walks[1])
