@@ -433,13 +433,45 @@ def test_a_rank_that_is_no_dimension_is_named(tmp_path: Path) -> None:
 
 
 def test_products_that_are_too_large_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {"lokr_w1": torch.ones(1, 1), "lokr_w2_a": torch.ones(100, 1), "lokr_w2_b": torch.ones(1, 100)}
+    parts = {"lokr_w1_a": torch.ones(100, 1), "lokr_w1_b": torch.ones(1, 100), "lokr_w2": torch.ones(1, 1)}
     save_file({f"{i}.{part}": t.clone() for i in range(3) for part, t in parts.items()}, tmp_path / "x.safetensors")
-    monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_001)
+    monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_000)
     assert len(inspect_file(tmp_path / "x.safetensors").layers) == 3
-    monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_001 - 1)
-    with pytest.raises(AdapterFileError, match="take more than 30,002 numbers together"):
+    monkeypatch.setattr(foreign, "LARGEST_FACTORS", 3 * 10_000 - 1)
+    with pytest.raises(AdapterFileError, match="take more than 29,999 numbers together"):
         inspect_file(tmp_path / "x.safetensors")
+
+
+LONG = 8192
+
+
+@fork
+@pytest.mark.parametrize("act", [load_krona, merge_file], ids=["load_krona", "merge_file"])
+def test_large_products_of_small_parts_are_refused_before_they_are_built(tmp_path: Path, act: Any) -> None:
+    """Second factors of two ranks, which no config holds as products, and which take 256 MB each as wholes."""
+    model = nn.ModuleList(nn.Linear(24, 16) for _ in range(4))
+    path = large_products(tmp_path / "x.safetensors", ranks=[1, 2, 1, 2])
+    fitting = large_products(tmp_path / "fits.safetensors", ranks=[1])
+    act(nn.ModuleList([nn.Linear(LONG, LONG)]), fitting)  # imports what is needed
+    assert growth(lambda: act(model, path)) < LONG * LONG
+
+
+def large_products(path: Path, ranks: list[int]) -> Path:
+    tensors = {}
+    for i, rank in enumerate(ranks):
+        tensors |= {f"{i}.lokr_w1": torch.ones(1, 1), f"{i}.lokr_w2_a": torch.ones(LONG, rank)}
+        tensors[f"{i}.lokr_w2_b"] = torch.ones(rank, LONG)
+    save_file(tensors, path)
+    return path
+
+
+def test_looking_at_a_file_builds_no_product(tmp_path: Path) -> None:
+    path = large_products(tmp_path / "x.safetensors", ranks=[2])
+    with LargestTensor() as largest:
+        found = inspect_file(path)
+    assert largest.elements < LONG * LONG // 100
+    assert found.norm == pytest.approx(2 * LONG)
+    assert found.layers[0].rank == 1
 
 
 def test_a_product_without_rank_beside_whole_factors_is_named(tmp_path: Path) -> None:

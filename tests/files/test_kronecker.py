@@ -33,7 +33,7 @@ def product(a1: int = 2, a2: int = 8, scale: float = 1.0, terms: int | None = No
 
 def of_rank(rank: int) -> KroneckerUpdate:
     left, right = random(12, rank), random(rank, 12)
-    return KroneckerUpdate(random(2, 2), left @ right, b_parts=(left, right), kind="lokr")
+    return KroneckerUpdate(random(2, 2), (left, right), kind="lokr")
 
 
 LAYERS = {

@@ -35,7 +35,7 @@ left, right = random(4, 1), random(1, 2)
 UPDATES: dict[str, Update] = {
     "product": krona(),
     "several products": krona(terms=3),
-    "product of a product": replace(krona(), B=left @ right, b_parts=(left, right)),
+    "product of a product": replace(krona(), held_b=(left, right)),
     "product in the authors' layout": replace(krona(), layout="transposed"),
     "product of a convolution": KroneckerUpdate(random(3, 4), random(4, 2 * 9), 2.0),
     "LoRA": lora(),

@@ -14,6 +14,7 @@ from ..bases.architectures import CLASSES, PIPELINES, build_pipeline
 from ..errors import AdapterFileError, FactorShapeError, KronAError
 from ..kron.nearest import Approximation, Delta, Kronecker, LowRank, choose_factors, nearest_kronecker, total_error
 from ..kron.shapes import fewest_parameters, packed, stacked
+from ..storage import TensorFile
 from ..tuner.names import in_component, layer_of
 from .formats import Format
 from .formats.krona import SavedAdapter
@@ -160,7 +161,8 @@ def components_for(source: Path, model: str | Path | None, reading: Reading = ST
     """
     if model is not None:
         return build_pipeline(str(model)) if str(model) in PIPELINES else folder_components(Path(model))
-    names, problems = _candidates(source), dict[str, str]()
+    files = opened(source)
+    names, problems = _candidates(files), dict[str, str]()
     # Pipelines have encoders in common: what the whole file fits goes before what fits a part of it.
     for how in dict.fromkeys((replace(reading, on_unused="error"), reading)):
         fitting: list[tuple[int, str, dict[str, nn.Module]]] = []
@@ -169,7 +171,7 @@ def components_for(source: Path, model: str | Path | None, reading: Reading = ST
                 warnings.simplefilter("ignore")  # which the reading that counts repeats
                 components = build_pipeline(name)
                 try:
-                    updates = updates_in(source, components, how)
+                    updates = updates_in(source, components, how, files)
                 except AdapterFileError as error:
                     problems[name] = str(error)
                     continue
@@ -199,9 +201,9 @@ def _best(source: Path, fitting: list[tuple[int, str, dict[str, nn.Module]]]) ->
     return best[0][1]
 
 
-def _candidates(source: Path) -> list[str]:
+def _candidates(files: Mapping[str, TensorFile]) -> list[str]:
     """The pipelines that an adapter may be for, by the names of its layers."""
-    names = {name for file in opened(source).values() for name in file.tensors}
+    names = {name for file in files.values() for name in file.tensors}
     layout = layout_by(names)
     if layout is not None and (found := [name for name, kind in CLASSES.items() if kind in layout.models]):
         return found

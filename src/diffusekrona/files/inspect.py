@@ -301,15 +301,27 @@ def _paired(one: Tensor, other: Tensor) -> Tensor:
 
 def _of_terms(update: KroneckerUpdate) -> tuple[tuple[int, int], str, int, float]:
     (a1, a2, b1, b2), (d, h) = update.shapes, (update.shapes.d, update.shapes.h)
-    A, B = (stacked(_finite(factors, update)).double() for factors in (update.A, update.B))
-    a, b = A.flatten(1), B.flatten(1)
-    # ⟨A ⊗ B, C ⊗ D⟩ = ⟨A, C⟩·⟨B, D⟩, and Σ A ⊗ B has the numbers of Σ vec(A) vec(B)ᵀ, for very many terms.
-    few = len(a) <= max(a.shape[1], b.shape[1])
-    square = abs(float((a @ a.T * (b @ b.T)).sum() if few else (a.T @ b).square().sum()))
-    of_B = _ranks(B) if update.b_parts is None else _ranks_of_products(*update.b_parts)
+    A = stacked(_finite(update.A, update)).double()
+    of_B, square = _of_product(A, *update.b_parts) if update.b_parts else _of_factors(A, update)
     rank = min(int((_ranks(A) * of_B).sum()), d, h)
     count = f"{update.num_terms} terms " if update.num_terms > 1 else ""
     return (d, h), f"{count}{a1} × {a2} ⊗ {b1} × {b2}", rank, abs(update.scale) * math.sqrt(square)
+
+
+def _of_factors(A: Tensor, update: KroneckerUpdate) -> tuple[Tensor, float]:
+    """Each B's rank, and ‖Σ A ⊗ B‖²."""
+    B = stacked(_finite(update.B, update)).double()
+    a, b = A.flatten(1), B.flatten(1)
+    # ⟨A ⊗ B, C ⊗ D⟩ = ⟨A, C⟩·⟨B, D⟩, and Σ A ⊗ B has the numbers of Σ vec(A) vec(B)ᵀ, for very many terms.
+    few = len(a) <= max(a.shape[1], b.shape[1])
+    return _ranks(B), abs(float((a @ a.T * (b @ b.T)).sum() if few else (a.T @ b).square().sum()))
+
+
+def _of_product(A: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
+    """The rank of B = left · right, and ‖A ⊗ B‖²; B is not built."""
+    left, right = left.double(), right.double()
+    square = (left.T @ left * (right @ right.T)).sum() * A.square().sum()
+    return _ranks_of_products(left, right), abs(float(square))
 
 
 def _ranks(matrices: Tensor, longest: int | None = None) -> Tensor:

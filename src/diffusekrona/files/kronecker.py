@@ -157,9 +157,8 @@ def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
     b_parts = None if "B" in factors else (factors["B1"], factors["B2"])
     return KroneckerUpdate(
         factors["A"],
-        factors["B"] if b_parts is None else torch.matmul(*b_parts),
+        factors["B"] if b_parts is None else b_parts if b_parts[0].dim() == 2 else torch.matmul(*b_parts),
         layer_alpha(saved.config, name),
-        b_parts if b_parts is not None and b_parts[0].dim() == 2 else None,
         layout=saved.config.layout,
         kind="krona",
         where=f"{saved.source}: the layer {name}",

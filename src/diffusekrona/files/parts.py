@@ -108,7 +108,7 @@ def cut(update: Update, rows: Rows, outputs: int) -> Update:
     if isinstance(update, KroneckerUpdate) and update.layout == "kron":
         A, B = rows_of(update.A, update.B, first, last)
         common["parameters"] = A.numel() + B.numel()
-        return replace(update, A=packed(A), B=packed(B), b_parts=None, **common)  # type: ignore[arg-type]
+        return replace(update, A=packed(A), held_b=packed(B), **common)  # type: ignore[arg-type]
     if isinstance(update, LoRA):
         return replace(update, up=update.up[first:last], **common)  # type: ignore[arg-type]
     if isinstance(update, LoHa):
@@ -146,7 +146,7 @@ def assembled(pieces: Sequence[Piece], outputs: int) -> Update:
         for update, into in placed
         if isinstance(update, KroneckerUpdate) and update.layout == "kron" and update.dora_scale is None
     ]
-    if len(krona) == len(placed) and len({(u.A.shape[-1], u.B.shape[-1]) for u, _ in krona}) == 1:
+    if len(krona) == len(placed) and len({(u.shapes.a2, u.shapes.b2) for u, _ in krona}) == 1:
         terms = [among_rows(stacked(u.scale * u.A), stacked(u.B), into[0], outputs) for u, into in krona]
         common = math.gcd(*(B.shape[1] for _, B in terms))
         alike = [with_b_rows(A, B, common) for A, B in terms]

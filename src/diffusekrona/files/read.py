@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError, ConfigError, FactorShapeError
 from ..storage import TensorFile, read_safetensors
-from ..tuner.compat import ModulesToSaveWrapper
+from ..tuner.compat import BaseTunerLayer, ModulesToSaveWrapper
+from ..tuner.layer import layer_size
 from ..tuner.names import PREFIX, TEXT_ENCODERS, factor_name, is_denoiser, layer_of
 from ..tuner.projections import in_use
 from ..tuner.targets import layer_shapes, leave_out_ip_adapters, target_layers
 from .formats import foreign
 from .formats import krona as krona_format
 from .formats.krona import HEADER, WEIGHTS_NAME, SavedAdapter
-from .formats.updates import Update, by
+from .formats.updates import KroneckerUpdate, Update, by
 from .kronecker import as_krona, krona_update, kronecker_only
 from .layouts.layout import Place, outputs
 from .layouts.names import Target, resolve
@@ -66,18 +68,24 @@ def read_adapters(
     return adapters
 
 
-def updates_in(source: Path, components: Mapping[str, nn.Module], reading: Reading = STRICT) -> dict[Place, Update]:
+def updates_in(
+    source: Path,
+    components: Mapping[str, nn.Module],
+    reading: Reading = STRICT,
+    files: dict[str, TensorFile] | None = None,
+) -> dict[Place, Update]:
     """Every layer's update in any adapter file or folder.
 
     Args:
         source: the file or folder.
         components: the model's.
         reading: what to do about tensors that cannot be used, and where programs disagree.
+        files: what `opened` gives for the source, where it has been opened already.
 
     Raises:
         AdapterFileError: it cannot be read, does not fit these models, or holds more than updates of layers.
     """
-    files = opened(source)
+    files = files or opened(source)
     unused = Unused(str(source), reading.on_unused)
     pieces: dict[Place, list[Piece]] = {}
     if not are_ours(files):
@@ -209,11 +217,27 @@ def _as_called(name: str, update: Update, component: nn.Module) -> tuple[str, Pi
 
 def _pieces(update: Update, target: Target, components: Mapping[str, nn.Module]) -> Iterator[tuple[Place, Piece]]:
     """Where a file's layer goes: whole into a module, or its rows into several."""
+    if isinstance(update, KroneckerUpdate) and update.b_parts is not None:
+        for part in target.parts:
+            _check_inputs(update, components[target.component].get_submodule(part.module))
     rows = [part.rows for part in target.parts if part.rows]
     of_file = max((last for _, last in rows), default=0)
     for part in target.parts:
         own = update if part.rows is None else cut(update, part.rows, of_file)
         yield (target.component, part.module), Piece(own, part.into)
+
+
+def _check_inputs(update: KroneckerUpdate, layer: nn.Module) -> None:
+    """Raise `AdapterFileError` unless the layer has the update's inputs; before B, held as a product, is built."""
+    try:
+        _, inputs, kernel = layer_size(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
+    except FactorShapeError:
+        return  # which is said where the update is used
+    if update.shapes.h != inputs * math.prod(kernel):
+        raise AdapterFileError(
+            f"{update.where} was made for {update.shapes.h} inputs, but the layer here has "
+            f"{inputs * math.prod(kernel)}; the file is for another model."
+        )
 
 
 def _by_component(

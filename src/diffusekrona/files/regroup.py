@@ -131,4 +131,4 @@ def _joined(update: KroneckerUpdate) -> KroneckerUpdate:
     if update.num_terms == 1:
         return update
     A, B = joined(stacked(update.A), stacked(update.B))
-    return replace(update, A=packed(A), B=packed(B), b_parts=None, parameters=A.numel() + B.numel())
+    return replace(update, A=packed(A), held_b=packed(B), parameters=A.numel() + B.numel())

@@ -267,6 +267,22 @@ def test_where_rs_lora_cannot_be_told_the_layer_is_named(header: dict[str, str],
         read(lora(alpha=5.0), header)
 
 
+WHOLE = {"x.lokr_w1": random(2, 3), "x.lokr_w2": random(4, 5)}
+
+
+@pytest.mark.parametrize("alpha", [8.0, 1.0, float("inf")])
+def test_whole_factors_with_rs_lora_and_no_rank_are_named(alpha: float) -> None:
+    with pytest.raises(AdapterFileError, match=r"rs_lora, and the layer x has two whole factors.*ss_network_dim"):
+        read({**WHOLE, "x.alpha": torch.tensor(alpha)}, kohya({"rs_lora": "True"}, dim="Dynamic"))
+
+
+def test_an_alpha_beyond_fp16_of_whole_factors_with_rs_lora_is_scaled_by_the_root_of_the_rank() -> None:
+    """LyCORIS' alpha there is r·√r, and its scale √r."""
+    header = kohya({"rs_lora": "True"}, dim="2500")
+    assert read({**WHOLE, "x.alpha": torch.tensor(2500.0**1.5).half()}, header)["x"].scale == 50.0
+    assert read({**WHOLE, "x.alpha": torch.tensor(2500.0**1.5)}, header)["x"].scale == 50.0
+
+
 def test_without_rs_lora_or_rank_the_users_alpha_is_not_asked_for() -> None:
     assert read(lora(alpha=5.0), kohya({"rs_lora": "False"}, dim="4"))["x"].scale == 1.25
     one = {"x.lora_up.weight": random(6, 1), "x.lora_down.weight": random(1, 5), "x.alpha": torch.tensor(5.0)}

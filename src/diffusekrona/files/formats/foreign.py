@@ -20,8 +20,8 @@ from .krona import CONFIG_NAME, WEIGHTS_NAME
 from .scales import HEADER, Scales, from_header
 from .updates import KroneckerUpdate, LayerTensors, Update
 
-LARGEST_FACTORS = 1 << 31
-"""Numbers of all Kronecker factors of a file, built where it holds products."""
+LARGEST_FACTORS = 1 << 28
+"""Numbers of all Kronecker factors that reading a file builds, where it holds products."""
 
 _PROCESSOR = "processor"
 _LYCORIS_IA3 = "ia3 of LyCORIS"
@@ -128,7 +128,8 @@ def parse(
         except AdapterFileError as error:
             not_used.add(str(error))
             continue
-        built += update.A.numel() + update.B.numel() if isinstance(update, KroneckerUpdate) else 0
+        if kind == "lokr" and isinstance(update, KroneckerUpdate):
+            built += lokr.numbers_built(layer.parts, update)
         if built > LARGEST_FACTORS:
             raise AdapterFileError(
                 f"{source} holds small factors of products that take more than {LARGEST_FACTORS:,} numbers together, "

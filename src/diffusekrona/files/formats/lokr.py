@@ -34,36 +34,42 @@ def read(layer: LayerTensors) -> KroneckerUpdate:
     """
     if layer.peft_config is not None:
         peft_configs.check(layer, layer.peft_config, "LOKR")
-    w1, rank, _ = _factor(layer, "w1", (2,))
-    w2, w2_rank, parts = _factor(layer, "w2", (2, 3, 4, 5))
-    if parts is not None:
-        parts = parts[0], flat(parts[1])
-    return KroneckerUpdate(w1, flat(w2), layer.scale(w2_rank or rank), parts, kind="lokr", **layer.common())
+    w1, rank = _factor(layer, "w1", (2,))
+    w2, w2_rank = _factor(layer, "w2", (2, 3, 4, 5))
+    A = w1 if isinstance(w1, Tensor) else w1[0] @ w1[1]
+    return KroneckerUpdate(A, w2, layer.scale(w2_rank or rank), kind="lokr", **layer.common())
 
 
-def _factor(
-    layer: LayerTensors, name: str, dims: tuple[int, ...]
-) -> tuple[Tensor, int | None, tuple[Tensor, Tensor] | None]:
-    """A factor, its rank if it is a product, and the two matrices it is a product of."""
+def _factor(layer: LayerTensors, name: str, dims: tuple[int, ...]) -> tuple[Tensor | tuple[Tensor, Tensor], int | None]:
+    """A factor, or the two matrices it is a product of, all flat; and the product's rank."""
     left, right, core = f"{name}_a", f"{name}_b", name.replace("w", "t")
     if name in layer.parts:
         layer.check({left, right, core}.isdisjoint(layer.parts), *sorted(layer.parts))
-        return layer.matrix(name, dims), None, None
+        return flat(layer.matrix(name, dims)), None
     if core in layer.parts:
         a, b, t = layer.matrix(left), layer.matrix(right), layer.matrix(core, (3, 4, 5))
         layer.check(t.shape[:2] == (a.shape[0], b.shape[0]), core, left, right)
         layer.check_product(a.shape[1], b.shape[1], *t.shape[2:])
-        return _finite(layer, name, tucker(t, a, b)), b.shape[0], None
+        return flat(_finite(layer, name, tucker(t, a, b))), b.shape[0]
     a, b = layer.matrix(left), layer.matrix(right, dims)
     layer.check(a.shape[1] == b.shape[0], left, right)
     layer.check_product(a.shape[0], *b.shape[1:], most=LARGEST_W1 if name == "w1" else LARGEST_PRODUCT)
-    return _finite(layer, name, (a @ flat(b)).reshape(a.shape[0], *b.shape[1:])), b.shape[0], (a, b)
+    largest = len(b) * float(a.abs().max()) * float(b.abs().max())
+    if not largest <= torch.finfo(a.dtype).max:  # the product's numbers may be smaller
+        _finite(layer, name, a @ flat(b))
+    return (a, flat(b)), b.shape[0]
 
 
 def _finite(layer: LayerTensors, name: str, product: Tensor) -> Tensor:
     if not bool(product.isfinite().all()):
         raise layer.error(f"gives an infinity or a NaN in {name}: its training failed, or the file is damaged")
     return product
+
+
+def numbers_built(parts: Mapping[str, Tensor], update: KroneckerUpdate) -> int:
+    """How many numbers `read` built that the file does not hold: A's, and a B's with a core."""
+    a1, a2, b1, b2 = update.shapes
+    return ("w1" not in parts) * a1 * a2 + ("t2" in parts) * b1 * b2
 
 
 def tensors(

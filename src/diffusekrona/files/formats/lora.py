@@ -114,8 +114,9 @@ def exact(update: KroneckerUpdate, kernel: tuple[int, ...] = ()) -> tuple[Tensor
         kernel: of a convolution, which B's columns carry.
     """
     ups, downs = [], []
-    for A, B in terms_of(update.scale * update.A, update.B):
-        (U, V), (X, Y) = _factored(A), update.b_parts or _factored(B)
+    scaled = update.scale * update.A
+    for A, B in [(scaled, update.b_parts)] if update.b_parts is not None else terms_of(scaled, update.B):
+        (U, V), (X, Y) = _factored(A), _factored(B) if isinstance(B, Tensor) else B
         ups.append(dense_update([(U, X)], update.layout))
         taps = Y.reshape(len(Y), -1, *kernel)
         downs.append(torch.einsum("ij,kl...->ikjl...", V, taps).flatten(2, 3).flatten(0, 1))

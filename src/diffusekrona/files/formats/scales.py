@@ -120,8 +120,15 @@ class Scales:
         )
 
     def _of_whole(self, layer: str, alpha: float) -> float:
-        if not self.rank or not math.isfinite(alpha) or not alpha or alpha == self.rank:
+        if self.stabilised and not self.rank:
+            raise AdapterFileError(
+                f"{self.source} was trained with rs_lora, and the layer {layer} has two whole factors, which then are "
+                "scaled by √rank, but no rank stands in its header (ss_network_dim): its scale is not known."
+            )
+        if not self.rank or not alpha or alpha == self.rank:
             return 1.0
+        if not math.isfinite(alpha):
+            return math.sqrt(self.rank) if self.stabilised else 1.0
         scale = self._scale(alpha, self.rank, stabilised=False)
         if self.stabilised and math.isclose(scale, math.sqrt(self.rank), rel_tol=1e-2):
             return math.sqrt(self.rank)

@@ -117,22 +117,34 @@ class KroneckerUpdate(Update):
 
     Attributes:
         A: a1 × a2, or terms × a1 × a2, fp32.
-        B: b1 × b2, a convolution's with the kernel in its columns; or terms × b1 × b2; fp32.
+        held_b: B, which is b1 × b2, a convolution's with the kernel in its columns, or terms × b1 × b2; or B1 (b1 × ρ)
+            and B2 (ρ × b2), whose product it is, if the file holds it so; fp32.
         scale: s.
-        b_parts: B1 (b1 × ρ) and B2 (ρ × b2), whose product B is, if the file holds it so.
         layout: the order of the outputs, see `KronAConfig`.
     """
 
     A: Tensor
-    B: Tensor
+    held_b: Tensor | tuple[Tensor, Tensor]
     scale: float = 1.0
-    b_parts: tuple[Tensor, Tensor] | None = None
     layout: Layout = "kron"
+
+    @property
+    def b_parts(self) -> tuple[Tensor, Tensor] | None:
+        """B1 and B2, if the file holds B as their product."""
+        return None if isinstance(self.held_b, Tensor) else self.held_b
+
+    @property
+    def B(self) -> Tensor:
+        """B, multiplied out each time it is asked for, since a small file may hold a large one as a product."""
+        return self.held_b if isinstance(self.held_b, Tensor) else self.held_b[0] @ self.held_b[1]
 
     @property
     def shapes(self) -> FactorShapes:
         """Of A and B, a convolution's kernel counted in b2."""
-        return FactorShapes(*self.A.shape[-2:], *self.B.shape[-2:])
+        (a1, a2), held = self.A.shape[-2:], self.held_b
+        if isinstance(held, Tensor):
+            return FactorShapes(a1, a2, *held.shape[-2:])
+        return FactorShapes(a1, a2, held[0].shape[0], held[1].shape[1])
 
     @property
     def num_terms(self) -> int:
