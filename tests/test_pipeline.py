@@ -112,6 +112,15 @@ def test_inject_krona_adapts_the_text_encoders_when_asked() -> None:
     assert "unet, text_encoder, text_encoder_2" in repr(adapter)
 
 
+def test_inject_krona_leaves_the_denoiser_out_when_asked() -> None:
+    pipe = tiny_sdxl_pipeline()
+    adapter = inject_krona(pipe, text_encoders=["text_encoder_2"], denoiser=False)
+    assert list(adapter.components) == ["text_encoder_2"]
+    assert trainable(pipe) == {id(parameter) for parameter in adapter.parameters()}
+    with unchanged(pipe), pytest.raises(ConfigError, match="Without the denoiser there is nothing to adapt"):
+        inject_krona(pipe, denoiser=False, adapter_name="other")
+
+
 def test_inject_krona_leaves_just_the_factors_trainable() -> None:
     pipe = tiny_sdxl_pipeline()
     adapter = inject_krona(pipe, text_encoders=True)

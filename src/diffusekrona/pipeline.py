@@ -85,6 +85,7 @@ def inject_krona(
     adapter_name: str = "default",
     *,
     text_encoders: bool | Iterable[str] = False,
+    denoiser: bool = True,
 ) -> InjectedAdapter:
     """Freeze a pipeline or module, and put a new, trainable adapter into it as the active KronA adapter.
 
@@ -97,6 +98,7 @@ def inject_krona(
         text_encoders: in a pipeline, adapt its text encoders, too, as the paper does for SD 1.x, or just those of some
             names, such as `["text_encoder_2"]`. By default only the denoiser is adapted, as it does for SDXL
             (Section 3.2).
+        denoiser: False to adapt text encoders alone.
 
     Returns:
         The adapter; hand its `parameters()` to any optimizer. The factors are fp32 whatever the base's dtype.
@@ -104,7 +106,7 @@ def inject_krona(
     Raises:
         FactorShapeError: a targeted layer cannot take its factors.
         AdapterNameError: the name is taken.
-        ConfigError: the pipeline has no text encoder of such a name.
+        ConfigError: the pipeline has no text encoder of such a name, or nothing is to be adapted.
 
     Examples:
         >>> from torch import nn
@@ -118,7 +120,9 @@ def inject_krona(
     found = adaptable_components(model)
     check_free_name(found.values(), adapter_name)
     encoders = _encoders(text_encoders, [part for part in found if not is_denoiser(part)])
-    chosen = {part: module for part, module in found.items() if part in encoders or is_denoiser(part)}
+    chosen = {part: module for part, module in found.items() if part in encoders or (denoiser and is_denoiser(part))}
+    if not chosen:
+        raise ConfigError("Without the denoiser there is nothing to adapt here: name text_encoders, or leave it in.")
     adapter = InjectedAdapter(adapter_name, chosen)
     _inject(model, adapter, dict.fromkeys(chosen, config or KronAConfig()), freeze=True)
     return adapter

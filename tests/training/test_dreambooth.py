@@ -93,6 +93,23 @@ def test_one_of_the_text_encoders_is_adapted_when_it_is_named(folder):
     assert not any(isinstance(module, KronALayer) for module in pipe.text_encoder.modules())
 
 
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"offload": "all"}], ids=str)
+def test_text_encoders_are_adapted_without_the_denoiser(folder, more):
+    pipe = tiny_sdxl_pipeline()
+    chosen = {"train_text_encoder": True, "text_encoders_to_train": ["text_encoder"], "train_denoiser": False}
+    result = train_dreambooth(pipe, folder, PROMPT, TrainingConfig(max_train_steps=2, **chosen, **more))
+    adapted = {name for name, part in pipe.components.items() if name != "vae" and has_krona(part)}
+    assert adapted == {"text_encoder"}
+    factors = {name: factor for name, factor in pipe.text_encoder.named_parameters() if KronAModel.prefix in name}
+    assert result.parameters == sum(factor.numel() for factor in factors.values())
+    learnt = [factor.any() for name, factor in factors.items() if "krona_B" in name]
+    assert all(learnt[: len(learnt) // 2])  # SDXL does not use the encoder's last layer
+
+
+def has_krona(part):
+    return isinstance(part, torch.nn.Module) and any(isinstance(module, KronALayer) for module in part.modules())
+
+
 def test_the_whole_run_depends_on_the_seed_alone(folder):
     runs = []
     for noise in (1, 2):

@@ -74,6 +74,7 @@ NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "images"
          {"text_encoder_lr": 1e-4, "train_text_encoder": True}),
         ({"text_encoders_to_train": ["text_encoder_2"]}, "Set that",
          {"text_encoders_to_train": ["text_encoder_2"], "train_text_encoder": True}),
+        ({"train_denoiser": False}, "Set that", {"train_denoiser": False, "train_text_encoder": True}),
         ({"text_encoders_to_train": [], "train_text_encoder": True}, "such as ['text_encoder_2']",
          {"text_encoders_to_train": ["text_encoder_2"], "train_text_encoder": True}),
         ({"text_encoders_to_train": ["text_encoder"], "train_text_encoder": True, "text_encoder_2_lr": 1e-4},

@@ -33,6 +33,7 @@ _USED_BY: dict[str, tuple[str, object]] = {
     "lr_power": ("lr_scheduler", "polynomial"),
     "mode_scale": ("timestep_sampling", "mode"),
     "text_encoders_to_train": ("train_text_encoder", True),
+    "train_denoiser": ("train_text_encoder", True),
 }
 """Settings that have a meaning only where another one has a certain value."""
 
@@ -70,6 +71,8 @@ class TrainingConfig(TrainingSettings):
     text_encoders_to_train: TextList | None = Field(default=None, min_length=1, examples=[["text_encoder_2"]])
     """Name of a text encoder that train_text_encoder adapts, such as "text_encoder_2"; as a flag it is repeatable. The
     others stay frozen, but run in each step, too. By default all are adapted."""
+    train_denoiser: bool = True
+    """Adapt the denoiser; without, train_text_encoder adapts text encoders alone."""
     train_batch_size: int = Field(default=1, ge=1)
     """Images per pass and process. Where there are fewer images, some are drawn repeatedly."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)

@@ -79,7 +79,13 @@ def train_dreambooth(
     about["the base model"] = base_identity(pipe)
     examples = _examples(images, prompt, plan or ImagePlan(training_resolution(pipe, None)))
     with seeded(config.seed, torch.device("cpu")):
-        krona = inject_krona(pipe, krona_config, adapter_name=adapter_name, text_encoders=config.adapted_encoders)
+        krona = inject_krona(
+            pipe,
+            krona_config,
+            adapter_name=adapter_name,
+            text_encoders=config.adapted_encoders,
+            denoiser=config.train_denoiser,
+        )
     try:
         if init_from is not None:
             hotswap_krona(pipe, init_from, adapter_name)

@@ -153,7 +153,12 @@ def plan(settings: Settings) -> Plan:
         encoders = text_encoders(pipe)
         trained = [denoiser, *trained_encoders(pipe, training)]
         of_base = sum(p.numel() for module in trained for p in module.parameters())
-        krona = inject_krona(pipe, settings.adapter.config(), text_encoders=training.adapted_encoders)
+        krona = inject_krona(
+            pipe,
+            settings.adapter.config(),
+            text_encoders=training.adapted_encoders,
+            denoiser=training.train_denoiser,
+        )
         side = training_resolution(pipe, settings.images.resolution)
         images = training_images(settings, image_plan(settings, side, family.reduction))
         texts = min(training.train_batch_size, len({image.prompt for image in images}))
@@ -197,7 +202,7 @@ def _moment_bytes(shapes: Sequence[tuple[int, ...]], training: TrainingConfig) -
     for shape, count in Counter(shapes).items():
         parameter = nn.Parameter(torch.zeros(shape))
         plain = dict.fromkeys(("text_encoders_to_train", *ENCODER_RATES))
-        config = training.replace(train_text_encoder=False, loraplus_lr_ratio=1.0, **plain)
+        config = training.replace(train_text_encoder=False, train_denoiser=True, loraplus_lr_ratio=1.0, **plain)
         optimizer = optimizer_of({"a": parameter}, config)
         parameter.grad = torch.ones(shape)
         optimizer.step()
