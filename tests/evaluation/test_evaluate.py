@@ -264,6 +264,15 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
     assert EXAMPLE.table().row_count == 5
 
 
+def test_the_json_lists_each_image_with_its_prompt_and_scores() -> None:
+    first, second = EXAMPLE.as_json()["subjects"]
+    assert first["images"] == [{"file_name": "x", "prompt": "p", "clip_i": 0.5, "clip_t": 0.25, "dino": 0.75}]
+    assert second["images"] == [
+        {"file_name": "x", "prompt": "p", "clip_i": 0.1, "clip_t": 0.2, "dino": 0},
+        {"file_name": "y", "prompt": "q", "clip_i": 0.3, "clip_t": 0.2, "dino": 1},
+    ]
+
+
 def test_drift_alone_needs_no_clip(vit_folder: Path, folders: Path) -> None:
     dino_only = Encoders(None, vit_folder)
     found = evaluate_folders(dino_only, find_images(base_images=folders / "base", adapted_images=folders / "adapted"))

@@ -155,7 +155,17 @@ def _subject_json(subject: SubjectScores) -> dict[str, Any]:
         "generated": len(subject.files),
         "prompts": dict(zip(subject.files, subject.prompts, strict=True)),
         **{name: _score_json(subject.score(name), subject.files) for name in SCORES},
+        "images": _images_json(subject),
     }
+
+
+def _images_json(subject: SubjectScores) -> list[dict[str, Any]]:
+    """Each generated image with its prompt, as it was compared, and its scores."""
+    scores = {name: subject.score(name).values for name in SCORES}
+    return [
+        {"file_name": file, "prompt": prompt, **{name: values[number] for name, values in scores.items()}}
+        for number, (file, prompt) in enumerate(zip(subject.files, subject.prompts, strict=True))
+    ]
 
 
 def _score_json(score: Score, files: Sequence[str]) -> dict[str, Any]:
