@@ -9,10 +9,12 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from diffusekrona.errors import EvaluationError
-from diffusekrona.evaluation import DINO, Encoders, evaluate_subject, find_images, measure_drift
+from diffusekrona.evaluation import DINO, Encoders, Lpips, evaluate_subject, find_images, measure_drift
 from diffusekrona.evaluation.encoders import _ON_PILLOW
+from diffusekrona.evaluation.evaluate import check_asked
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
 from diffusekrona.evaluation.result import check_outputs
+from tests.evaluation.networks import NETWORKS, provide_torchvision, save_network
 from tests.evaluation.pictures import noise, save
 from tests.refusals import refusal
 
@@ -140,6 +142,28 @@ def test_each_image_gets_its_prompt_and_name(what, encoders):
     run = {"encoders": encoders, "real": [noise(1)], "generated": [noise(2), noise(3)]}
     assert "give one for each" in refusal(evaluate_subject, **run, **few)
     evaluate_subject(**run, **plain)
+
+
+# LPIPS
+
+
+def test_lpips_takes_the_networks_and_the_places_that_the_text_names(tmp_path, monkeypatch):
+    provide_torchvision(monkeypatch)
+    text = refusal(Lpips, tmp_path / "nowhere.safetensors")
+    networks = re.search(r"weights of torchvision's (\w+) or (\w+) in safetensors: a file, a folder", text).groups()
+    for name in networks:
+        (network,) = (short for short, make in NETWORKS.items() if make.__name__ == name)
+        file = save_network(tmp_path / f"{network}.safetensors", network)
+        assert Lpips(file).network == network
+        assert "holds 2 safetensors files" in refusal(Lpips, tmp_path) if network == "alex" else Lpips(tmp_path)
+
+
+def test_what_has_nothing_to_do_is_left_out_or_gets_both_folders(real, generated):
+    drift, both = find_images(base_images=real, adapted_images=real), find_images(real, generated)
+    text = refusal(check_asked, drift, "weights")
+    assert "Give both folders, or leave it out" in text
+    check_asked(both, "weights")
+    check_asked(drift, None)
 
 
 # Numbers

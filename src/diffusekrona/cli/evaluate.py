@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn
 
-from ..evaluation import CLIP, DINO
+from ..evaluation import CLIP, DINO, VGG16
 from .console import console, print_line
 from .generate import Device, chosen_device
 from .progress import progress
@@ -39,6 +39,14 @@ def evaluate(
     dino: Annotated[
         str, typer.Option(help="Encoder for DINO and drift: a folder, a hub id, or hub-id@revision.")
     ] = DINO,
+    lpips: Annotated[
+        str | None,
+        typer.Option(
+            show_default="LPIPS is not measured",
+            help="Weights of torchvision's vgg16 or alexnet, with which LPIPS is measured: a safetensors file, its "
+            f"folder, or a hub id such as {VGG16}.",
+        ),
+    ] = None,
     output: Annotated[
         list[Path] | None,
         typer.Option(help="File to write: .json holds every image's scores, .md the table; repeatable."),
@@ -48,13 +56,17 @@ def evaluate(
 ) -> None:
     """Score generated images as the paper does: CLIP-I, CLIP-T and DINO; and the adapter's drift."""
     from ..evaluation import Encoders, evaluate_folders, find_images
+    from ..evaluation.evaluate import check_asked
     from ..evaluation.result import check_outputs
 
     check_outputs(output or [])
     images = find_images(
         real, generated, drop_words=drop_word or [], base_images=base_images, adapted_images=adapted_images
     )
-    encoders = Encoders(clip if images.subjects else None, dino, device=chosen_device(device), batch_size=batch_size)
+    check_asked(images, lpips)
+    encoders = Encoders(
+        clip if images.subjects else None, dino, lpips=lpips, device=chosen_device(device), batch_size=batch_size
+    )
     with progress("Encoding", MofNCompleteColumn(), total=None) as show:
         result = evaluate_folders(encoders, images, lambda done, total: show(completed=done, total=total))
     result.write(*(output or []))

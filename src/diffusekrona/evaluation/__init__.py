@@ -1,4 +1,4 @@
-"""Scores of generated images: CLIP-I, CLIP-T and DINO as the paper defines them, and drift."""
+"""Scores of generated images: CLIP-I, CLIP-T and DINO as the paper defines them, LPIPS, and drift."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "ImageFolders",
+    "Lpips",
     "Score",
     "SubjectScores",
     "evaluate_folders",
@@ -23,14 +24,26 @@ CLIP = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
 """The paper's encoder for DINO: ViT-S/16 (Appendix C)."""
 
+VGG16 = "timm/vgg16.tv_in1k"
+"""Weights of torchvision's VGG-16 in safetensors, for LPIPS."""
+
 if TYPE_CHECKING:
     from ..errors import EvaluationError
     from .encoders import Encoders
     from .evaluate import evaluate_folders, evaluate_subject, measure_drift
     from .folders import ImageFolders, find_images
     from .metrics import Score
+    from .perceptual import Lpips
     from .result import Evaluation, SubjectScores
 else:
     __getattr__ = loaded_at_first_use(
-        __name__, __all__, "..errors", ".metrics", ".result", ".folders", ".encoders", ".evaluate"
+        __name__,
+        __all__,
+        "..errors",
+        ".metrics",
+        ".result",
+        ".folders",
+        ".perceptual",
+        ".encoders",
+        ".evaluate",
     )

@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..errors import EvaluationError
 from . import CLIP, DINO
+from .perceptual import Lpips
 
 # The published processors were made with Pillow, and torchvision resizes in another way.
 _ON_PILLOW = {"backend": "pil"} if find_spec("transformers.image_processing_backends") else {"use_fast": False}
@@ -31,17 +32,23 @@ Loaded = TypeVar("Loaded")
 
 
 class Encoders:
-    """CLIP and DINO, ready to turn images and prompts into features.
+    """CLIP and DINO, ready to turn images and prompts into features, and LPIPS if it is asked for.
 
     Args:
         clip: a CLIP model, a folder or an id on the hub, with "@" a revision of it: "owner/name@refs/pr/1"; None for
             drift alone, which needs none.
         dino: the same of a self-supervised vision transformer with a class token (DINO, DINOv2, any ViT).
+        lpips: weights of torchvision's vgg16 or alexnet for LPIPS, see `Lpips`; None measures none.
         device: where they run.
         batch_size: images or prompts per pass.
 
+    Attributes:
+        dino: DINO.
+        lpips: LPIPS, or None.
+
     Raises:
-        EvaluationError: a model is not there or cannot be fetched, lacks weights, or is of another kind.
+        EvaluationError: a model is not there or cannot be fetched, lacks weights, or is of another kind, or a package
+            is missing that LPIPS needs.
     """
 
     def __init__(
@@ -49,12 +56,15 @@ class Encoders:
         clip: str | Path | None = CLIP,
         dino: str | Path = DINO,
         *,
+        lpips: str | Path | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 16,
     ) -> None:
         if batch_size < 1:
             raise EvaluationError(f"batch_size must be at least 1, not {batch_size}.")
         self.batch_size = batch_size
+        # First, since it is the one whose weights or packages are most likely missing.
+        self.lpips = None if lpips is None else Lpips(lpips, device, batch_size)
         self._clip = None if clip is None else ClipEncoder(clip, device)
         self.dino = DinoEncoder(dino, device)
 

@@ -1,4 +1,4 @@
-"""The paper's scores of a subject's images (Appendix C), in memory or from folders, and PEFT's drift."""
+"""The paper's scores of a subject's images (Appendix C), LPIPS, and PEFT's drift, in memory or from folders."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import metrics
 from .encoders import ClipEncoder, DinoEncoder, Encoders
 from .folders import ImageFolders
 from .metrics import Score
+from .perceptual import Lpips, LpipsOfSubject
 from .result import Evaluation, SubjectScores
 
 OnImage = Callable[[int, int], None]
@@ -28,10 +29,10 @@ def evaluate_subject(
     name: str = "subject",
     files: Sequence[str] | None = None,
 ) -> SubjectScores:
-    """CLIP-I, CLIP-T and DINO of one subject's images (equations 6 to 8).
+    """CLIP-I, CLIP-T and DINO of one subject's images (equations 6 to 8), and LPIPS if the encoders have it.
 
     Args:
-        encoders: CLIP and DINO.
+        encoders: CLIP and DINO, and perhaps LPIPS.
         real: photographs of the subject; any mode and size. They may be lazy, so that few are in memory at a time.
         generated: generated images of it, likewise.
         prompts: one for each generated image, which CLIP-T compares with it.
@@ -39,14 +40,15 @@ def evaluate_subject(
         files: names of the generated images; by default their numbers from 1.
 
     Returns:
-        Cosine similarities, one of each kind per generated image.
+        Cosine similarities, one of each kind per generated image, and mean distances.
 
     Raises:
         EvaluationError: there are no images on a side, or not as many prompts or names as generated images.
         DatasetError: the pixels of an image cannot be decoded.
     """
-    real_clip, real_dino = encoders.image_features(_upright(real))
-    clip, dino = encoders.image_features(_upright(generated))
+    lpips = LpipsOfSubject(encoders.lpips)
+    real_clip, real_dino = encoders.image_features(lpips.real(_upright(real)))
+    clip, dino = encoders.image_features(lpips.generated(_upright(generated)))
     files = [str(number + 1) for number in range(len(clip))] if files is None else files
     for what, given in (("prompts", prompts), ("names", files)):
         if len(given) != len(clip):
@@ -59,6 +61,7 @@ def evaluate_subject(
         clip_i=metrics.image_similarity(clip, real_clip),
         clip_t=metrics.text_similarity(clip, encoders.text_features(prompts)),
         dino=metrics.image_similarity(dino, real_dino),
+        lpips=lpips.score(),
     )
 
 
@@ -77,11 +80,28 @@ def measure_drift(encoders: Encoders, adapted: Iterable[Image.Image], base: Iter
     return metrics.drift(encoders.dino_features(_upright(adapted)), encoders.dino_features(_upright(base)))
 
 
+def check_asked(images: ImageFolders, lpips: str | Path | None) -> None:
+    """Check that all that is asked for can be made of these images, before any model is loaded.
+
+    Args:
+        images: what `find_images` found.
+        lpips: as `Encoders` takes it.
+
+    Raises:
+        EvaluationError: something is asked for that would have nothing to do.
+    """
+    if not images.subjects and lpips is not None:
+        raise EvaluationError(
+            "lpips would have nothing to do: for drift alone there are no real and generated images. "
+            "Give both folders, or leave it out."
+        )
+
+
 def evaluate_folders(encoders: Encoders, images: ImageFolders, on_image: OnImage | None = None) -> Evaluation:
     """The scores of all subjects, and the drift of all pairs, that `find_images` found.
 
     Args:
-        encoders: CLIP and DINO.
+        encoders: CLIP and DINO, and perhaps LPIPS.
         images: what `find_images` found, which has checked all names and prompts.
         on_image: called after each image, for a progress bar.
 
@@ -101,8 +121,10 @@ def evaluate_folders(encoders: Encoders, images: ImageFolders, on_image: OnImage
         )
         for each in images.subjects
     ]
-    used: dict[str, ClipEncoder | DinoEncoder] = {"clip": encoders.clip} if images.subjects else {}
+    used: dict[str, ClipEncoder | DinoEncoder | Lpips] = {"clip": encoders.clip} if images.subjects else {}
     used["dino"] = encoders.dino
+    if encoders.lpips is not None and images.subjects:
+        used["lpips"] = encoders.lpips
     base, adapted = [path for path, _ in images.pairs], [path for _, path in images.pairs]
     return Evaluation(
         models={name: encoder.source for name, encoder in used.items()},
@@ -111,6 +133,7 @@ def evaluate_folders(encoders: Encoders, images: ImageFolders, on_image: OnImage
         subjects=tuple(scores),
         drift=measure_drift(encoders, count(adapted), count(base)) if images.pairs else None,
         drift_files=tuple(path.name for path in base),
+        lpips_network=encoders.lpips.network if encoders.lpips is not None and images.subjects else None,
     )
 
 

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import EvaluationError
 from ..storage import write_whole
 from .metrics import Score
+from .settings import LABELS, ScoreName
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCORES = ("clip_i", "clip_t", "dino")
-"""The fields of `SubjectScores` that are scores."""
-
-_HEAD = ("subject", "real", "generated", "CLIP-I", "CLIP-T", "DINO", "drift")
 _SUFFIXES = (".json", ".md")
 
 
@@ -34,6 +31,7 @@ class SubjectScores:
         clip_i: mean similarity of each image to the real ones, in CLIP's features.
         clip_t: similarity of each image to its prompt.
         dino: mean similarity of each image to the real ones, in DINO's features.
+        lpips: mean distance of each image to the real ones; None if not measured.
     """
 
     name: str
@@ -43,10 +41,22 @@ class SubjectScores:
     clip_i: Score
     clip_t: Score
     dino: Score
+    lpips: Score | None = None
+
+    @property
+    def measured(self) -> tuple[ScoreName, ...]:
+        """The names of the scores that it has."""
+        return tuple(name for name in LABELS if getattr(self, name) is not None)
 
     def score(self, name: str) -> Score:
-        """The score of that name, one of `SCORES`."""
-        found: Score = getattr(self, name)
+        """The score of that name.
+
+        Raises:
+            EvaluationError: it was not measured.
+        """
+        found: Score | None = getattr(self, name)
+        if found is None:
+            raise EvaluationError(f"{name} was not measured; give the encoders the weights of its network.")
         return found
 
 
@@ -55,12 +65,13 @@ class Evaluation:
     """All that was measured.
 
     Attributes:
-        models: the encoders that were used, "clip" and "dino", as they were asked for.
+        models: the encoders that were used, "clip", "dino" and "lpips", as they were asked for.
         revisions: the hub's commit of each; None for a folder.
         drop_words: words left out of the prompts.
         subjects: their scores; empty where only drift was measured.
         drift: of each pair of images, or None.
         drift_files: the names of these images.
+        lpips_network: "vgg" or "alex", the network of LPIPS; None if it was not measured.
     """
 
     models: Mapping[str, str]
@@ -69,6 +80,12 @@ class Evaluation:
     subjects: tuple[SubjectScores, ...]
     drift: Score | None = None
     drift_files: tuple[str, ...] = ()
+    lpips_network: str | None = None
+
+    @property
+    def measured(self) -> tuple[ScoreName, ...]:
+        """The names of the scores that all subjects have; none without subjects."""
+        return tuple(name for name in LABELS if self.subjects and all(name in each.measured for each in self.subjects))
 
     def over_subjects(self, score: str) -> Score:
         """The mean of each subject as one value, so that every subject counts alike."""
@@ -81,11 +98,11 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """The object that `write` writes; docs/evaluation.md names its fields."""
         overall = {
-            over: {name: _summary(score(name)) for name in SCORES if self.subjects}
+            over: {name: _summary(score(name)) for name in self.measured}
             for over, score in (("subjects", self.over_subjects), ("images", self.over_images))
         }
         return {
-            "models": {name: {"source": self.models[name], "revision": self.revisions[name]} for name in self.models},
+            "models": {name: self._model_json(name) for name in self.models},
             "drop_words": list(self.drop_words),
             "subjects": [_subject_json(subject) for subject in self.subjects],
             "overall": overall if self.subjects else None,
@@ -97,14 +114,15 @@ class Evaluation:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(*_HEAD, title="Scores")
+        table = Table(*self._head(), title="Scores")
         for row in self._rows():
             table.add_row(*map(escape, row))
         return table
 
     def markdown(self) -> str:
         """The same table in Markdown."""
-        rows = (_HEAD, ("---",) * len(_HEAD), *self._rows())
+        head = self._head()
+        rows = (head, ("---",) * len(head), *self._rows())
         return "\n".join(f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |" for row in rows) + "\n"
 
     def write(self, *paths: Path) -> None:
@@ -118,14 +136,29 @@ class Evaluation:
         text = json.dumps(self.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_whole({path: (text if path.suffix == ".json" else self.markdown()).encode() for path in paths})
 
+    def _model_json(self, name: str) -> dict[str, str | None]:
+        found = {"source": self.models[name], "revision": self.revisions[name]}
+        return {**found, "network": self.lpips_network} if name == "lpips" else found
+
+    def _columns(self) -> list[ScoreName]:
+        """The scores of the table: the paper's three, and others where they were measured."""
+        return [name for name in LABELS if name != "lpips" or name in self.measured]
+
+    def _head(self) -> tuple[str, ...]:
+        return ("subject", "real", "generated", *(LABELS[name] for name in self._columns()), "drift")
+
+    def _row(self, name: str, real: int, generated: int, score: Callable[[str], Score]) -> tuple[str, ...]:
+        return (name, f"{real}", f"{generated}", *(_cell(score(each)) for each in self._columns()), "")
+
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [_row(each.name, each.real, len(each.files), each.score) for each in self.subjects]
+        rows = [self._row(each.name, each.real, len(each.files), each.score) for each in self.subjects]
         if len(self.subjects) > 1:
             real, generated = sum(each.real for each in self.subjects), sum(len(each.files) for each in self.subjects)
-            rows.append(_row("mean of the subjects", real, generated, self.over_subjects))
-            rows.append(_row("all images", real, generated, self.over_images))
+            rows.append(self._row("mean of the subjects", real, generated, self.over_subjects))
+            rows.append(self._row("all images", real, generated, self.over_images))
         if self.drift is not None:
-            rows.append(("without the subject", "", f"{len(self.drift_files)}", "", "", "", _cell(self.drift)))
+            empty = ("",) * len(self._columns())
+            rows.append(("without the subject", "", f"{len(self.drift_files)}", *empty, _cell(self.drift)))
         return rows
 
 
@@ -140,10 +173,6 @@ def check_outputs(paths: Sequence[Path]) -> None:
             raise EvaluationError(f"{path} must end in {' or '.join(_SUFFIXES)}: numbers of every image, or the table.")
 
 
-def _row(name: str, real: int, generated: int, score: Callable[[str], Score]) -> tuple[str, ...]:
-    return (name, f"{real}", f"{generated}", *(_cell(score(each)) for each in SCORES), "")
-
-
 def _cell(score: Score) -> str:
     return f"{score.mean:.3f} ± {score.spread:.3f}"
 
@@ -154,14 +183,14 @@ def _subject_json(subject: SubjectScores) -> dict[str, Any]:
         "real": subject.real,
         "generated": len(subject.files),
         "prompts": dict(zip(subject.files, subject.prompts, strict=True)),
-        **{name: _score_json(subject.score(name), subject.files) for name in SCORES},
+        **{name: _score_json(subject.score(name), subject.files) for name in subject.measured},
         "images": _images_json(subject),
     }
 
 
 def _images_json(subject: SubjectScores) -> list[dict[str, Any]]:
     """Each generated image with its prompt, as it was compared, and its scores."""
-    scores = {name: subject.score(name).values for name in SCORES}
+    scores = {name: subject.score(name).values for name in subject.measured}
     return [
         {"file_name": file, "prompt": prompt, **{name: values[number] for name, values in scores.items()}}
         for number, (file, prompt) in enumerate(zip(subject.files, subject.prompts, strict=True))
