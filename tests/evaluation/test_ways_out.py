@@ -9,7 +9,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from diffusekrona.errors import EvaluationError
-from diffusekrona.evaluation import DINO, Encoders, Lpips, evaluate_subject, find_images, measure_drift
+from diffusekrona.evaluation import DINO, Encoders, Lpips, SheetSettings, evaluate_subject, find_images, measure_drift
 from diffusekrona.evaluation.encoders import _ON_PILLOW
 from diffusekrona.evaluation.evaluate import check_asked
 from diffusekrona.evaluation.metrics import drift, image_similarity, text_similarity
@@ -144,7 +144,7 @@ def test_each_image_gets_its_prompt_and_name(what, encoders):
     evaluate_subject(**run, **plain)
 
 
-# LPIPS
+# LPIPS and the sheet
 
 
 def test_lpips_takes_the_networks_and_the_places_that_the_text_names(tmp_path, monkeypatch):
@@ -160,10 +160,17 @@ def test_lpips_takes_the_networks_and_the_places_that_the_text_names(tmp_path, m
 
 def test_what_has_nothing_to_do_is_left_out_or_gets_both_folders(real, generated):
     drift, both = find_images(base_images=real, adapted_images=real), find_images(real, generated)
-    text = refusal(check_asked, drift, "weights")
+    sheet = SheetSettings(sheet="sheet.png")
+    text = refusal(check_asked, drift, "weights", sheet)
     assert "Give both folders, or leave it out" in text
-    check_asked(both, "weights")
-    check_asked(drift, None)
+    check_asked(both, "weights", sheet)
+    check_asked(drift, None, None)
+
+
+def test_a_sheet_by_lpips_needs_its_weights(real, generated):
+    images, sheet = find_images(real, generated), SheetSettings(sheet="sheet.png", sheet_score="lpips")
+    assert "give lpips the weights of its network" in refusal(check_asked, images, None, sheet)
+    check_asked(images, "weights", sheet)
 
 
 # Numbers

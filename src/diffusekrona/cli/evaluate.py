@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import MofNCompleteColumn
 
-from ..evaluation import CLIP, DINO, VGG16
-from .console import console, print_line
+from ..evaluation import CLIP, DINO, VGG16, SheetSettings
+from .console import console, errors, print_line
 from .generate import Device, chosen_device
+from .options import flags_of, with_flags
 from .progress import progress
 
 
+@with_flags(flags_of(SheetSettings))
 def evaluate(
     real: Annotated[
         Path | None, typer.Option(help="Folder of the subject's photographs, or of one such folder for each subject.")
@@ -53,23 +55,32 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of images that are encoded in one pass.")] = 16,
     device: Device = None,
+    **given: Any,
 ) -> None:
     """Score generated images as the paper does: CLIP-I, CLIP-T and DINO; and the adapter's drift."""
-    from ..evaluation import Encoders, evaluate_folders, find_images
+    from ..evaluation import Encoders, draw_sheet, evaluate_folders, find_images
     from ..evaluation.evaluate import check_asked
     from ..evaluation.result import check_outputs
+    from ..evaluation.sheet import left_out
+    from ..storage import write_whole
 
     check_outputs(output or [])
+    sheet = SheetSettings(**given) if given else None
     images = find_images(
         real, generated, drop_words=drop_word or [], base_images=base_images, adapted_images=adapted_images
     )
-    check_asked(images, lpips)
+    check_asked(images, lpips, sheet)
+    if sheet is not None and (line := left_out(sheet.sheet)):
+        errors.print(line, soft_wrap=True, markup=False, highlight=False)
+        sheet = None
     encoders = Encoders(
         clip if images.subjects else None, dino, lpips=lpips, device=chosen_device(device), batch_size=batch_size
     )
     with progress("Encoding", MofNCompleteColumn(), total=None) as show:
         result = evaluate_folders(encoders, images, lambda done, total: show(completed=done, total=total))
+    pictures = {sheet.sheet: draw_sheet(result, images, sheet)} if sheet is not None else {}
     result.write(*(output or []))
+    write_whole(pictures)
     console.print(result.table())
-    for path in output or []:
+    for path in [*(output or []), *pictures]:
         print_line(str(path))

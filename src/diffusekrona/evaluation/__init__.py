@@ -11,7 +11,9 @@ __all__ = [
     "ImageFolders",
     "Lpips",
     "Score",
+    "SheetSettings",
     "SubjectScores",
+    "draw_sheet",
     "evaluate_folders",
     "evaluate_subject",
     "find_images",
@@ -35,14 +37,18 @@ if TYPE_CHECKING:
     from .metrics import Score
     from .perceptual import Lpips
     from .result import Evaluation, SubjectScores
+    from .settings import SheetSettings
+    from .sheet import draw_sheet
 else:
     __getattr__ = loaded_at_first_use(
         __name__,
         __all__,
         "..errors",
+        ".settings",
         ".metrics",
         ".result",
         ".folders",
+        ".sheet",
         ".perceptual",
         ".encoders",
         ".evaluate",

@@ -15,6 +15,8 @@ from .folders import ImageFolders
 from .metrics import Score
 from .perceptual import Lpips, LpipsOfSubject
 from .result import Evaluation, SubjectScores
+from .settings import SheetSettings
+from .sheet import MOST_SUBJECTS
 
 OnImage = Callable[[int, int], None]
 """Called for each image with the number of images read and of all."""
@@ -80,20 +82,27 @@ def measure_drift(encoders: Encoders, adapted: Iterable[Image.Image], base: Iter
     return metrics.drift(encoders.dino_features(_upright(adapted)), encoders.dino_features(_upright(base)))
 
 
-def check_asked(images: ImageFolders, lpips: str | Path | None) -> None:
+def check_asked(images: ImageFolders, lpips: str | Path | None, sheet: SheetSettings | None) -> None:
     """Check that all that is asked for can be made of these images, before any model is loaded.
 
     Args:
         images: what `find_images` found.
         lpips: as `Encoders` takes it.
+        sheet: as `draw_sheet` takes it.
 
     Raises:
-        EvaluationError: something is asked for that would have nothing to do.
+        EvaluationError: something is asked for that would have nothing to show, or the sheet would be too large.
     """
-    if not images.subjects and lpips is not None:
+    if not images.subjects and (asked := [name for name, it in (("lpips", lpips), ("sheet", sheet)) if it is not None]):
         raise EvaluationError(
-            "lpips would have nothing to do: for drift alone there are no real and generated images. "
+            f"{' and '.join(asked)} would have nothing to do: for drift alone there are no real and generated images. "
             "Give both folders, or leave it out."
+        )
+    if sheet is not None and sheet.sheet_score == "lpips" and lpips is None:
+        raise EvaluationError("sheet_score is lpips, which is not measured; give lpips the weights of its network.")
+    if sheet is not None and len(images.subjects) > MOST_SUBJECTS:
+        raise EvaluationError(
+            f"A sheet has room for {MOST_SUBJECTS} subjects, not for {len(images.subjects)}; evaluate them in parts."
         )
 
 
