@@ -13,7 +13,7 @@ from diffusekrona.errors import ConfigError
 from diffusekrona.files.formats.krona import header_of
 from diffusekrona.pipeline import inject_krona, unload_krona
 from diffusekrona.tuner.config import KronAConfig
-from diffusekrona.tuner.fields import ATTENTION, Init
+from diffusekrona.tuner.fields import ATTENTION, Init, Scaling
 from diffusekrona.tuner.injected import adapter_tensors
 from diffusekrona.tuner.targets import layer_shapes, target_layers
 
@@ -34,10 +34,12 @@ class KronA(Method):
     label: ClassVar[str] = "DiffuseKronA"
     file_name: ClassVar[str] = "krona.safetensors"
 
-    a1: int = 4
+    a1: int | None = None
     a2: int = 64
+    b1: int | None = None
     num_terms: int = 1
     alpha: float = 1.0
+    scaling: Scaling = "alpha"
     targets: str = ATTENTION
     factor_pattern: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     init_a: Init = "normal"

@@ -47,7 +47,7 @@ from .tuner.layer import KronALayer
 from .tuner.merged import check_in_memory
 from .tuner.model import KronAModel
 from .tuner.names import factor_name, in_component, is_denoiser, layer_of, unwrapped_name
-from .tuner.targets import layer_alpha
+from .tuner.targets import layer_scale
 
 
 class InjectedAdapter:
@@ -460,7 +460,7 @@ def _check_equal(component: nn.Module, name: str, saved: SavedAdapter) -> None:
             raise MergeError(f"The adapter {name!r} is merged into {key}; unmerge it before it is swapped.")
         if layer.layout[name] != saved.config.layout:
             problems.append(f"{key} has the layout {layer.layout[name]!r}, not {saved.config.layout!r}")
-        if layer.alpha[name] == 0 and layer_alpha(saved.config, key) != 0:
+        if layer.alpha[name] == 0 and layer_scale(saved.config, key) != 0:
             problems.append(f"{key} has the scale 0, which no factor can make up for")
     if problems:
         raise AdapterFileError(
@@ -474,7 +474,7 @@ def _check_equal(component: nn.Module, name: str, saved: SavedAdapter) -> None:
 def _swap(component: nn.Module, name: str, saved: SavedAdapter) -> None:
     tensors = dict(saved.tensors)
     for key, layer in _swappable(component, name):
-        alpha, new = layer.alpha[name], layer_alpha(saved.config, key)
+        alpha, new = layer.alpha[name], layer_scale(saved.config, key)
         if new != alpha:
             a_name = factor_name(key, "A")
             tensors[a_name] = tensors[a_name].double() * (new / alpha)

@@ -29,7 +29,7 @@ def wrong(field: str, values: list[object], text: str) -> Iterator[object]:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        *wrong("a1", NOT_A_FACTOR, "two whole numbers of at least 1"),
+        *wrong("a1", [value for value in NOT_A_FACTOR if value is not None], "two whole numbers of at least 1"),
         *wrong("a2", NOT_A_FACTOR, "two whole numbers of at least 1"),
         *wrong(
             "factor_pattern",
@@ -58,6 +58,9 @@ def wrong(field: str, values: list[object], text: str) -> Iterator[object]:
         *wrong("init_b", NOT_AN_INIT, "init_b must be one of zeros"),
         *wrong("init_a", ["zeros"], "both zeros: every gradient would be zero"),
         *wrong("init_weights", [1, 0, None, "yes"], "init_weights must be True or False"),
+        *wrong("scaling", ["rank", None, 1], "scaling must be one of alpha, cdka"),
+        *wrong("b1", [0, -1, 1.0, "2", True], "two whole numbers"),
+        ({"b1": 2, "a1": 4}, r"a1 \(4\) and b1 \(2\) both say how many rows A has"),
         *wrong("num_terms", [0, -1, 1.0, "2", True, None], "num_terms must be a whole number"),
         *wrong("b_rank", [0, -1, 1.0, "2", True], "b_rank must be a whole number"),
         *wrong("layout", ["rows", None, 3], "layout must be one of"),
@@ -167,8 +170,9 @@ inits = st.sampled_from(["normal", "normal_sqrt", "kaiming_uniform", "xavier_uni
 def configs(draw: st.DrawFn) -> KronAConfig:
     layers = draw(st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=3))
     return KronAConfig(
-        a1=draw(whole),
+        **{draw(st.sampled_from(["a1", "b1"])): draw(whole)},
         a2=draw(whole),
+        scaling=draw(st.sampled_from(["alpha", "cdka"])),
         alpha=draw(alphas),
         num_terms=draw(whole),
         b_rank=draw(st.none() | whole),

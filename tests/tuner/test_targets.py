@@ -221,7 +221,7 @@ names = st.lists(st.sampled_from(["a", "b", "ab", "0"]), min_size=1, max_size=4)
 def test_patterns_give_each_layer_its_factors_also_where_a_name_ends_as_another(shapes):
     (a1, a2), pattern = common_and_pattern(shapes)
     config = KronAConfig(a1=a1, a2=a2, factor_pattern=pattern)
-    assert {name: layer_factors(config, name) for name in shapes} == shapes
+    assert {name: layer_factors(config, name, 0) for name in shapes} == shapes
 
 
 def test_layers_that_share_a_value_share_a_pattern():

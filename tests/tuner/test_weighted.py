@@ -252,6 +252,7 @@ def test_a_sum_is_fp32_whatever_its_parts(dtype: torch.dtype) -> None:
         ({"adapters": ["one", "unknown"]}, AdapterNameError, "No KronA adapter is named 'unknown'"),
         ({"adapters": ["one", "lora"]}, AdapterNameError, "No KronA adapter is named 'lora'"),
         ({"adapter_name": "one"}, AdapterNameError, "There is an adapter named 'one'"),
+        ({"adapter_name": "half"}, AdapterNameError, "An adapter cannot be named .half."),
         ({"weights": [1.0]}, ConfigError, "not 2 and 1"),
         ({"adapters": [], "weights": []}, ConfigError, "not 0 and 0"),
         ({"weights": [1.0, float("nan")]}, ConfigError, "finite"),

@@ -14,7 +14,7 @@ from .options import flags_of, with_flags
 EveryLayer = Annotated[bool, typer.Option(help="Print one row per layer instead of one per kind of layer.")]
 
 
-@with_flags(flags_of(AdapterSettings, ("a1", "a2", "factors", "num_terms", "b_rank", "target_modules")))
+@with_flags(flags_of(AdapterSettings, ("a1", "a2", "b1", "factors", "num_terms", "b_rank", "target_modules")))
 def params(
     model: Annotated[
         str, typer.Option(help=f"One of {', '.join(ARCHITECTURES)}, or a pipeline's folder or hub id.")

@@ -14,7 +14,7 @@ from ..kron.costs import cheapest_order, krona_multiply_adds
 from ..kron.shapes import update_shapes
 from ..tuner.config import KronAConfig
 from ..tuner.names import FACTORS, factor_name, in_component
-from ..tuner.targets import common_and_pattern, layer_alpha, target_only
+from ..tuner.targets import common_and_pattern, layer_scale, target_only
 from .formats.krona import SavedAdapter
 from .formats.library import LibraryUpdate
 from .formats.updates import LARGEST_PRODUCT, LARGEST_UPDATE, KroneckerUpdate, Update, by
@@ -158,7 +158,7 @@ def krona_update(name: str, saved: SavedAdapter) -> KroneckerUpdate:
     return KroneckerUpdate(
         factors["A"],
         factors["B"] if b_parts is None else b_parts if b_parts[0].dim() == 2 else torch.matmul(*b_parts),
-        layer_alpha(saved.config, name),
+        layer_scale(saved.config, name),
         layout=saved.config.layout,
         kind="krona",
         where=f"{saved.source}: the layer {name}",

@@ -185,7 +185,8 @@ def _header(
 ) -> dict[str, str]:
     """What kohya's scripts (`ss_…`) and Stability AI's modelspec write about an adapter, as far as it is known."""
     config = next(iter(adapters.values())).config
-    arguments = {"algo": "lokr", "full_matrix": str(config.b_rank is None), "a1": str(config.a1), "a2": str(config.a2)}
+    factors = {name: str(value) for name in ("a1", "a2", "b1") if (value := getattr(config, name)) is not None}
+    arguments = {"algo": "lokr", "full_matrix": str(config.b_rank is None), **factors}
     header = {
         "sshs_model_hash": data_hash(tensors),
         "modelspec.sai_model_spec": "1.0.0",

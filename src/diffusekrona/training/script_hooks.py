@@ -22,7 +22,7 @@ from ..tuner.compat import hooks_beside, prepared_optimizers
 from ..tuner.components import adaptable_components, adapter_names, unwrapped
 from ..tuner.injected import adapter_tensors, krona_layers
 from ..tuner.names import DENOISERS, TEXT_ENCODERS, unwrapped_name
-from ..tuner.targets import layer_alpha
+from ..tuner.targets import layer_scale
 
 _log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _check_same_adapter(component: Any, name: str, saved: SavedAdapter) -> None:
         if name not in layer.krona_A:
             continue
         place = unwrapped_name(key)
-        before, now = layer_alpha(saved.config, place), layer.alpha[name]
+        before, now = layer_scale(saved.config, place), layer.alpha[name]
         if before != now or saved.config.layout != layer.layout[name]:
             raise AdapterFileError(
                 f"{saved.source} has alpha {before:g} and the layout {saved.config.layout!r} in {place}, but {name!r} "

@@ -14,7 +14,7 @@ from ..bases.quantization import Quantization
 from ..errors import TrainingConfigError
 from ..evaluation import CLIP, DINO
 from ..schema import FilePath, SettingsModel, TextList, read_mapping, short_name, unknown
-from ..tuner.fields import FIELDS, Init
+from ..tuner.fields import FIELDS, Init, Scaling
 from .config import ImageSettings, TrainingConfig, TrainingSettings
 from .script_names import MEANT, answer, translated
 
@@ -99,11 +99,13 @@ Pair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 class AdapterSettings(TrainingSettings):
     """The adapter, as `KronAConfig` has it."""
 
-    a1: int = _adapter("a1", ge=1)
+    a1: int | None = _adapter("a1", ge=1)
     a2: int = _adapter("a2", ge=1)
+    b1: int | None = _adapter("b1", ge=1)
     factors: dict[str, Pair] = Field(default_factory=dict, examples=[{"to_k|to_v": [2, 32]}])
     """Other factors for the layers whose names match a regular expression; as a flag it is repeatable."""
     alpha: float = _adapter("alpha")
+    scaling: Scaling = _adapter("scaling")
     num_terms: int = _adapter("num_terms", ge=1)
     b_rank: int | None = _adapter("b_rank", ge=1)
     target_modules: str = _adapter("target_modules")

@@ -81,13 +81,18 @@ def adapter_names(component: nn.Module) -> list[str]:
     return [name for name, config in configs.items() if isinstance(config, KronAConfig)]
 
 
-def check_free_name(components: Iterable[nn.Module], adapter_name: str) -> None:
-    """Raise `AdapterNameError` if no module could have such a key, or any method's adapter has the name."""
+def check_possible_name(adapter_name: str) -> None:
+    """Raise `AdapterNameError` if no module could have such a key."""
     if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
         raise AdapterNameError(
             f"An adapter cannot be named {adapter_name!r}: a name must not be empty, hold a dot, or be what "
             "torch's modules call something of their own."
         )
+
+
+def check_free_name(components: Iterable[nn.Module], adapter_name: str) -> None:
+    """Raise `AdapterNameError` if no module could have such a key, or any method's adapter has the name."""
+    check_possible_name(adapter_name)
     for component in components:
         if adapter_name in (getattr(component, "peft_config", None) or {}):
             raise AdapterNameError(

@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from ..errors import ConfigError
 from ..kron.shapes import Layout
-from .fields import ATTENTION, FIELDS, PRESETS, Init
+from .fields import ATTENTION, FIELDS, PRESETS, ROWS_OF_A, Init, Scaling
 from .mixed import allow_mixing
 from .names import PREFIX
 from .patterns import check_expressions
@@ -37,9 +37,13 @@ class KronAConfig(PeftConfig):
     settings (Section 4.2, Appendix D.2): (4, 64), A normal, B zero, so that a fresh adapter changes nothing.
 
     Args:
-        a1: rows of A; must divide the outputs of every targeted layer.
+        a1: rows of A; must divide the outputs of every targeted layer. 4 if neither it nor b1 is given.
         a2: columns of A; must divide the inputs of every targeted layer.
+        b1: rows of B in place of a1, which then is d/b1 in a layer of d outputs, as CDKA gives the factors (arXiv
+            2602.01267). With b1 and a2 of 1 and `num_terms` of r, the update is a LoRA of rank r.
         alpha: the scale s of the update.
+        scaling: "alpha" for a scale of alpha; "cdka" for alpha / √(num_terms · a2), as in that paper, so that neither
+            the number of terms nor the length of the sums over A's columns changes the size of the update.
         num_terms: how many products are summed, ΔW = alpha · Σ A_r ⊗ B_r, each with factors of its own.
         b_rank: ρ, to make B a product B1·B2 of b1 × ρ and ρ × b2 wherever that has fewer parameters, as LoKr does.
         target_modules: which layers to adapt: names, matched exactly or as a dotted suffix; or one regular expression
@@ -48,8 +52,8 @@ class KronAConfig(PeftConfig):
             feed-forward layers, Appendix D.1), "cross-attention" and PEFT's "all-linear". What such a word means is
             decided when the adapter is put into a model.
         exclude_modules: layers to leave out, named as in `target_modules`.
-        factor_pattern: regular expression → (a1, a2) for the layers whose name, or whose dotted suffix, it matches;
-            the first match counts. For example `{"to_k": (2, 32), r"mid_block\..*": (8, 64)}`.
+        factor_pattern: regular expression → (a1, a2) for the layers whose name, or whose dotted suffix, it matches,
+            also where b1 is given; the first match counts. For example `{"to_k": (2, 32), r"mid_block\..*": (8, 64)}`.
         alpha_pattern: regular expression → alpha, matched likewise.
         terms_pattern: regular expression → num_terms, matched likewise.
         dropout: probability in [0, 1) of zeroing each input feature of the update while training.
@@ -76,9 +80,11 @@ class KronAConfig(PeftConfig):
         (2, 32)
     """
 
-    a1: int = _declared("a1")
+    a1: int | None = _declared("a1")
     a2: int = _declared("a2")
+    b1: int | None = _declared("b1")
     alpha: float = _declared("alpha")
+    scaling: Scaling = _declared("scaling")
     num_terms: int = _declared("num_terms")
     b_rank: int | None = _declared("b_rank")
     target_modules: list[str] | set[str] | str | None = _declared("target_modules")
@@ -138,7 +144,12 @@ class KronAConfig(PeftConfig):
             self.layers_to_transform = _index_list(self.layers_to_transform)
 
     def _check_factors(self) -> None:
-        self.a1, self.a2 = _factor_pair("a1, a2", (self.a1, self.a2))
+        if self.b1 is None:
+            self.a1, self.a2 = _factor_pair("a1, a2", (ROWS_OF_A if self.a1 is None else self.a1, self.a2))
+        elif self.a1 is not None:
+            raise ConfigError(f"a1 ({self.a1!r}) and b1 ({self.b1!r}) both say how many rows A has; give one of them.")
+        else:
+            self.b1, self.a2 = _factor_pair("b1, a2", (self.b1, self.a2))
         if not _is_whole(self.num_terms, 1):
             raise ConfigError(f"num_terms must be a whole number of at least 1, not {self.num_terms!r}.")
         self.terms_pattern = _pattern_dict("terms_pattern", self.terms_pattern)
@@ -156,6 +167,8 @@ class KronAConfig(PeftConfig):
         }
 
     def _check_scales(self) -> None:
+        if self.scaling not in get_args(Scaling):
+            raise ConfigError(f"scaling must be one of {', '.join(get_args(Scaling))}, not {self.scaling!r}.")
         self.alpha_pattern = _pattern_dict("alpha_pattern", self.alpha_pattern)
         named = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
         for name, value in {"alpha": self.alpha, **named}.items():
@@ -223,7 +236,7 @@ def _factor_pair(name: str, pair: object) -> tuple[int, int]:
         a1, a2 = pair
         if _is_whole(a1, 1) and _is_whole(a2, 1):
             return a1, a2
-    raise ConfigError(f"{name} must be two whole numbers of at least 1, (a1, a2), not {pair!r}.")
+    raise ConfigError(f"{name} must be two whole numbers of at least 1, not {pair!r}.")
 
 
 def _pattern_dict(name: str, patterns: object) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .layer import KronAConv2d, KronALayer, KronALinear, krona_layer_in
 from .names import FACTORS, PREFIX, factor_name, layer_of, unwrapped_name
 from .parts import give_parts_base_names
 from .projections import bring_to_fused
-from .targets import layer_alpha, layer_factors, layer_terms, settle_targets
+from .targets import layer_factors, layer_scale, layer_terms, settle_targets
 from .weighted import Combination, weighted_sum
 
 
@@ -194,7 +194,7 @@ class KronAModel(BaseTuner):
             layer.training = target.training
             # PEFT moves factors to the base's weight, which offloading puts nowhere: so they come afterwards.
             self._replace_module(parent, target_name, layer, target)
-        a1, a2 = layer_factors(config, current_key)
+        a1, a2 = layer_factors(config, current_key, layer.out_features)
         layer.update_layer(
             adapter_name,
             a1,
@@ -202,7 +202,7 @@ class KronAModel(BaseTuner):
             num_terms=layer_terms(config, current_key),
             b_rank=config.b_rank,
             layout=config.layout,
-            alpha=layer_alpha(config, current_key),
+            alpha=layer_scale(config, current_key),
             dropout=config.dropout,
             init_a=config.init_a if config.init_weights else "normal",
             init_b=config.init_b if config.init_weights else "normal",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import ConfigError, FactorShapeError
-from ..kron.shapes import UpdateShapes, factor_shapes, update_shapes
+from ..kron.shapes import UpdateShapes, factor_shapes, nearest_divisors, update_shapes
 from .compat import BaseTunerLayer, include_all_linear_layers, is_feed_forward, is_targeted
 from .config import KronAConfig
 from .fields import ATTENTION, PRESETS
@@ -197,14 +198,31 @@ def _check_matching(config: KronAConfig, names: Collection[str]) -> None:
     check_matching(names, whole, endings, plain)
 
 
-def layer_factors(config: KronAConfig, layer_name: str) -> tuple[int, int]:
-    """(a1, a2) of a layer: the first match in `factor_pattern`, else the config's own."""
-    return config.factor_pattern.get(first_match(config.factor_pattern, layer_name), (config.a1, config.a2))
+def layer_factors(config: KronAConfig, layer_name: str, outputs: int) -> tuple[int, int]:
+    """(a1, a2) of a layer: the first match in `factor_pattern`, else the config's own.
+
+    Raises:
+        FactorShapeError: b1 is given and does not divide the outputs.
+    """
+    found = config.factor_pattern.get(first_match(config.factor_pattern, layer_name))
+    if found is not None:
+        return found
+    if config.a1 is not None:
+        return config.a1, config.a2
+    b1 = config.b1 or 1
+    if outputs % b1:
+        near = " and ".join(map(str, nearest_divisors(outputs, b1)))
+        raise FactorShapeError(f"b1={b1} does not divide its {outputs} output features (nearest divisors: {near})")
+    return outputs // b1, config.a2
 
 
-def layer_alpha(config: KronAConfig, layer_name: str) -> float:
-    """Alpha of a layer: the first match in `alpha_pattern`, else the config's own."""
-    return float(config.alpha_pattern.get(first_match(config.alpha_pattern, layer_name), config.alpha))
+def layer_scale(config: KronAConfig, layer_name: str) -> float:
+    """The scale s of a layer: alpha, the first match in `alpha_pattern` or the config's own, as `scaling` takes it."""
+    alpha = float(config.alpha_pattern.get(first_match(config.alpha_pattern, layer_name), config.alpha))
+    if config.scaling == "alpha":
+        return alpha
+    _, a2 = config.factor_pattern.get(first_match(config.factor_pattern, layer_name), (0, config.a2))
+    return alpha / math.sqrt(layer_terms(config, layer_name) * a2)
 
 
 def layer_terms(config: KronAConfig, layer_name: str) -> int:
@@ -223,7 +241,7 @@ def layer_shapes(config: KronAConfig, layer_name: str, layer: nn.Module) -> Upda
     d, h, kernel = layer_size(base)
     if kernel and config.layout != "kron":
         raise FactorShapeError(f"it is a {type(base).__name__}, and the layout {config.layout!r} is for linear layers")
-    factors = factor_shapes(d, h, *layer_factors(config, layer_name))
+    factors = factor_shapes(d, h, *layer_factors(config, layer_name, d))
     return update_shapes(factors, layer_terms(config, layer_name), config.b_rank, kernel)
 
 

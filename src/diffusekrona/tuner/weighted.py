@@ -17,6 +17,7 @@ from ..kron.nearest import Approximation, Delta, Kronecker, nearest_kronecker, t
 from ..kron.products import dense_update, sum_of
 from ..kron.shapes import stacked
 from .compat import ModulesToSaveWrapper
+from .components import check_possible_name
 from .config import KronAConfig
 from .injected import krona_layers
 from .layer import KronALayer
@@ -102,6 +103,7 @@ def _used(
     configs: Mapping[str, object], adapter_name: str, adapters: Sequence[str], weights: Sequence[float]
 ) -> list[KronAConfig]:
     """The adapters' configs, if they have a sum."""
+    check_possible_name(adapter_name)
     if adapter_name in configs:
         raise AdapterNameError(f"There is an adapter named {adapter_name!r} already; give the sum another name.")
     known = {name: config for name, config in configs.items() if isinstance(config, KronAConfig)}
@@ -161,11 +163,12 @@ def _config(
     config.b_rank = max(ranks) if num_terms is None and len(ranks) == len(used) else None
     all_terms = sum(max([one.num_terms, *one.terms_pattern.values()]) for one in used)
     config.num_terms, config.terms_pattern = all_terms if num_terms is None else num_terms, {}
-    config.alpha, config.alpha_pattern = 1.0, {}
+    config.alpha, config.alpha_pattern, config.scaling = 1.0, {}, "alpha"
     modules = dict.fromkeys(name for one in used for name in one.modules_to_save or ())
     config.modules_to_save = list(modules) or None
-    if any(layer_factors(config, name) != pair for name, pair in shapes.items()):
+    if config.b1 is not None or any(layer_factors(config, name, 0) != pair for name, pair in shapes.items()):
         (config.a1, config.a2), config.factor_pattern = common_and_pattern(shapes)
+        config.b1 = None
     if target_layers(model, config).keys() != shapes.keys():
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         target_only(config, model, shapes)
