@@ -159,6 +159,15 @@ def test_a_long_name_and_a_long_prompt_take_three_lines_each(tmp_path: Path) -> 
     assert lines[5].endswith("…”")
 
 
+@pytest.mark.parametrize("where", ["name", "file", "prompt"])
+def test_dollar_signs_are_no_formulas(folders: ImageFolders, where: str) -> None:
+    """This one is broken, on which matplotlib would end."""
+    given = {"name": "dog", "file": "0.png", "prompt": "a dog"} | {where: r"a $\frac$ b"}
+    one = Score((0.5,))
+    scores = SubjectScores(given["name"], 2, (given["file"],), (given["prompt"],), one, one, one)
+    assert draw_sheet(evaluation(scores), ImageFolders(folders.subjects[:1], (), ()), settings())
+
+
 def test_the_sheet_is_a_png_that_grows_with_what_is_on_it(folders: ImageFolders, tmp_path: Path) -> None:
     found = draw_sheet(BOTH, folders, settings())
     assert found.startswith(b"\x89PNG")

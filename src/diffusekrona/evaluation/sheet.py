@@ -125,7 +125,7 @@ def _draw(axes: Any, path: Path, colour: str, head: str, lines: Sequence[str]) -
     axes.set_visible(True)
     image = upright_rgb(read_image(path), path)
     axes.imshow(ImageOps.pad(image, (_PIXELS, _PIXELS), Image.Resampling.LANCZOS, color="#f0f0f0"))
-    axes.set_title(head, fontsize=9, color=colour, parse_math=False)
+    axes.set_title(head, fontsize=9, color=colour)
     axes.set_xlabel("\n".join(map(_wrapped, lines)), fontsize=7.5, color=_TEXT, parse_math=False)
     for edge in axes.spines.values():
         edge.set(color=colour, linewidth=1.5)
