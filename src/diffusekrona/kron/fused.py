@@ -63,11 +63,11 @@ def frozen_with_kron(x: Tensor, frozen: Frozen, factors: Sequence[tuple[Tensor, 
 
 
 def _linear_with_kron(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-    x, pairs = x.contiguous(), _pairs(factors, x.dtype)
-    if _merges(weight, pairs, _rows(x)):
-        return functional.linear(x, _merged(weight, pairs), bias)
+    x, pairs = x.contiguous(), in_pairs(factors, x.dtype)
+    if merges(weight, pairs, num_inputs(x)):
+        return functional.linear(x, merged_weight(weight, pairs), bias)
     y = functional.linear(x, weight, bias)
-    _add(y, x, pairs)
+    add_products(y, x, pairs)
     return y
 
 
@@ -86,13 +86,13 @@ class LinearWithKron(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Only the gradients that are asked for."""
         x, weight, *factors = ctx.saved_tensors
-        x, gy, pairs = None if x is None else x.contiguous(), gy.contiguous(), _pairs(factors, gy.dtype)
+        x, gy, pairs = None if x is None else x.contiguous(), gy.contiguous(), in_pairs(factors, gy.dtype)
         wanted = ctx.needs_input_grad[3:]
-        if weight is None or _merges(weight, pairs, _rows(gy)):
-            gx = None if weight is None else gy @ _merged(weight, pairs)
-            _, gradients = _go_back(gy, None, x, pairs, wanted)
+        if weight is None or merges(weight, pairs, num_inputs(gy)):
+            gx = None if weight is None else gy @ merged_weight(weight, pairs)
+            _, gradients = back_through_products(gy, None, x, pairs, wanted)
         else:
-            gx, gradients = _go_back(gy, gy @ weight, x, pairs, wanted)
+            gx, gradients = back_through_products(gy, gy @ weight, x, pairs, wanted)
         return gx, None, None, *gradients  # autograd casts them to the factors' dtypes
 
 
@@ -105,7 +105,7 @@ class FrozenWithKron(torch.autograd.Function):
         ctx.frozen = frozen
         y = frozen(x).contiguous()
         with torch.autocast(y.device.type, enabled=False):
-            kept = _add(y, x.to(y.dtype).contiguous(), _pairs(factors, y.dtype))
+            kept = add_products(y, x.to(y.dtype).contiguous(), in_pairs(factors, y.dtype))
         ctx.save_for_backward(x, *factors, *kept)
         return y
 
@@ -115,13 +115,13 @@ class FrozenWithKron(torch.autograd.Function):
         wants_x, _, *wanted = ctx.needs_input_grad
         x, *rest = ctx.saved_tensors
         factors, kept = rest[: len(wanted)], rest[len(wanted) :]
-        gy, pairs = gy.contiguous(), _pairs(factors, gy.dtype)
+        gy, pairs = gy.contiguous(), in_pairs(factors, gy.dtype)
         gx = ctx.frozen.input_gradient(gy) if wants_x else None
-        gx, gradients = _go_back(gy, gx, x.to(gy.dtype).contiguous(), pairs, wanted, kept)
+        gx, gradients = back_through_products(gy, gx, x.to(gy.dtype).contiguous(), pairs, wanted, kept)
         return gx, None, *gradients
 
 
-def _add(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+def add_products(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
     """y += Σ (A ⊗ B)x, in place; AX of each pair whose A comes first."""
     kept: list[Tensor | None] = []
     for A, B in pairs:
@@ -133,7 +133,7 @@ def _add(y: Tensor, x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> list[Tenso
     return kept
 
 
-def _go_back(
+def back_through_products(
     gy: Tensor,
     gx: Tensor | None,
     x: Tensor | None,
@@ -152,7 +152,8 @@ def _go_back(
     return gx, gradients
 
 
-def _pairs(factors: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def in_pairs(factors: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """(A, B) of each product, of factors in a row, in x's dtype."""
     cast = [factor.to(dtype) for factor in factors]
     return list(zip(cast[::2], cast[1::2], strict=True))
 
@@ -165,7 +166,7 @@ def _a_first(A: Tensor, B: Tensor) -> bool:
     return cheapest_order(_shapes(A, B)) == "A first"
 
 
-def _merges(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
+def merges(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
     """Whether W + Σ A ⊗ B is built, for as long as one product takes.
 
     Never in half precision, nor where products may round to it: there the sum would lose the bits of the update.
@@ -186,7 +187,8 @@ def _multiplies_in_full_precision() -> bool:
     return matmul.fp32_precision in ("ieee", "none")
 
 
-def _merged(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def merged_weight(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """W + Σ A ⊗ B."""
     merged = weight
     for A, B in pairs:
         (a1, a2), (b1, b2) = A.shape, B.shape
@@ -200,7 +202,7 @@ def _merged(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _add_a_first(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Y += (AX)Bᵀ; AX."""
-    (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(x)
+    (a1, a2), (b1, b2), n = A.shape, B.shape, num_inputs(x)
     AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
     y.view(n * a1, b1).addmm_(AX.view(n * a1, b2), B.T)
     return AX
@@ -217,7 +219,7 @@ def _backward_a_first(
     *,
     AX: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(gy)
+    (a1, a2), (b1, b2), n = A.shape, B.shape, num_inputs(gy)
     GY, gA, gB = gy.view(n * a1, b1), None, None
     if want_a or gx is not None:
         gAX = _narrow_product(GY, B).view(n, a1, b2)
@@ -237,7 +239,7 @@ def _backward_a_first(
 
 def _add_b_first(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
     """Y += A(XBᵀ)."""
-    (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(x)
+    (a1, a2), (b1, b2), n = A.shape, B.shape, num_inputs(x)
     XB = (x.view(n * a2, b2) @ B.T).view(n, a2, b1)
     y.view(n, a1, b1).baddbmm_(A.expand(n, -1, -1), XB)
 
@@ -245,7 +247,7 @@ def _add_b_first(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
 def _backward_b_first(
     gy: Tensor, gx: Tensor | None, x: Tensor | None, A: Tensor, B: Tensor, want_a: bool, want_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    (a1, a2), (b1, b2), n = A.shape, B.shape, _rows(gy)
+    (a1, a2), (b1, b2), n = A.shape, B.shape, num_inputs(gy)
     GY, gA, gB = gy.view(n, a1, b1), None, None
     if want_b or gx is not None:
         gXB = torch.bmm(A.T.expand(n, -1, -1), GY).view(n * a2, b1)
@@ -272,5 +274,6 @@ def _sum_of_products(P: Tensor, Q: Tensor) -> Tensor:
     return P.transpose(0, 1).reshape(p, n * c) @ Q.transpose(1, 2).reshape(n * c, q)
 
 
-def _rows(x: Tensor) -> int:
+def num_inputs(x: Tensor) -> int:
+    """How many vectors of h there are in x."""
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
