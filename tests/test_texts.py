@@ -110,6 +110,7 @@ OF_ACCELERATE = {"fsdp_version", "fsdp_reshard_after_forward", "fsdp_activation_
 IN_FILES = {
     "feedforward_modules", "file_name", "hada_w1_a", "ia3_l", "lokr_w1", "lora_up", "model_index",
     "num_cayley_neumann_terms", "oft_blocks", "on_input", "peft_config", "rs_lora", "scaled_oft", "ss_network_args",
+    "ss_network_dim",
     "to_k", "to_q", "to_v", "use_cayley_neumann",
 }  # fmt: skip
 """Names of layers, and of what files hold: nothing that a user types."""
