@@ -143,13 +143,8 @@ def call(
 def _written(benchmark: Benchmark, experiment: str) -> dict[Path, int]:
     """An experiment's results, and when each was written."""
     stem = experiment.replace("/", "--")
-    found = [
-        path
-        for name in RESULTS
-        for path in (benchmark.folder / name).glob(f"{stem}*.json")
-        if path.stem == stem or path.stem.startswith(f"{stem}--")
-    ]
-    return {path: path.stat().st_mtime_ns for path in found}
+    folders, names = [benchmark.folder / name for name in RESULTS], (f"{stem}.json", f"{stem}--*.json")
+    return {path: path.stat().st_mtime_ns for folder in folders for name in names for path in folder.glob(name)}
 
 
 def read_result(path: Path) -> Result:

@@ -304,8 +304,6 @@ def test_a_run_passes_on_output_and_exit_code_and_reads_what_was_written(benchma
 )
 def test_a_run_that_did_not_finish_is_one_whatever_the_exit_code(benchmark, starter, monkeypatch, told, said):
     tell(monkeypatch, **{LOKR: told})
-    old = benchmark.folder / "results" / f"krona--{LOKR}-2.json"  # of another experiment
-    old.write_text(json.dumps(result_of("krona/other")))
     done = runs.run_experiment(benchmark, f"krona/{LOKR}", starter=starter)
     assert said in (done.problem or "")
     assert done.exit_code == (told.get("code") or 1)
@@ -314,6 +312,8 @@ def test_a_run_that_did_not_finish_is_one_whatever_the_exit_code(benchmark, star
 def test_results_of_earlier_runs_are_not_taken_for_this_ones(benchmark, starter, monkeypatch):
     old = benchmark.folder / "temporary_results" / f"krona--{LOKR}--2026-08-21.json"
     old.write_text(json.dumps(result_of("krona/old")))
+    tell(monkeypatch, **{LOKR: {"folder": ""}})
+    assert runs.run_experiment(benchmark, f"krona/{LOKR}", starter=starter).result is None
     tell(monkeypatch, **{LOKR: {"folder": "temporary_results", "end": "--2026-08-22"}})
     done = runs.run_experiment(benchmark, f"krona/{LOKR}", starter=starter)
     assert done.result is not None
