@@ -18,6 +18,7 @@ __all__ = [
     "hotswap_krona",
     "inject_krona",
     "kron_linear",
+    "krona_batch",
     "krona_report",
     "load_krona",
     "merge_file",
@@ -44,6 +45,7 @@ if TYPE_CHECKING or not _started_as_the_command():
     from .kron.products import kron_linear
     from .pipeline import hotswap_krona, inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
     from .report import KronAReport, krona_report
+    from .serving.batch import krona_batch
     from .tuner.config import KronAConfig
     from .tuner.layer import KronALayer
     from .tuner.model import KronAModel
@@ -56,5 +58,13 @@ def __getattr__(name: str) -> Any:
         return version("diffusekrona")
     from .lazy import loaded_at_first_use
 
-    homes = (".tuner.config", ".tuner.layer", ".tuner.model", ".kron.products", ".pipeline", ".report")
+    homes = (
+        ".tuner.config",
+        ".tuner.layer",
+        ".tuner.model",
+        ".kron.products",
+        ".pipeline",
+        ".report",
+        ".serving.batch",
+    )
     return loaded_at_first_use(__name__, __all__, *homes, ".files.merge")(name)

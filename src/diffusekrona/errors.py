@@ -29,6 +29,10 @@ class MergeError(KronAError):
     """A merge would give non-finite weights, or the weights to unmerge are not the ones that were merged."""
 
 
+class BatchError(KronAError):
+    """The samples of a batch cannot each have the adapter that is given for them."""
+
+
 class DatasetError(KronAError):
     """Images, or the captions beside them, are missing, unreadable or unusable."""
 

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from diffusekrona import KronAConfig
-from diffusekrona.errors import ConfigError, FactorShapeError, KronAError, MergeError
+from diffusekrona.errors import AdapterNameError, BatchError, ConfigError, FactorShapeError, MergeError
 from diffusekrona.tuner.injected import krona_layers
 from tests.kinds import (
     CLIP,
@@ -726,8 +726,6 @@ def test_a_model_for_a_task_generates_trains_and_takes_embeddings() -> None:
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     assert all(bool(factor.grad.any()) for factor in factors(model).values())
     assert model.generate(input_ids=TOKENS, max_new_tokens=3, pad_token_id=0).shape == (2, 13)
-    with pytest.raises(KronAError, match="adapter_names"):
-        model(input_ids=TOKENS, adapter_names=["default", "default"])
 
 
 def test_a_classifiers_head_is_trained_in_full(tmp_path: Path) -> None:
@@ -750,15 +748,47 @@ def test_generation_in_half_precision() -> None:
     assert model.generate(TOKENS, max_new_tokens=3, pad_token_id=0).shape == (2, 13)
 
 
-def test_a_batch_of_several_adapters_is_refused() -> None:
+def alone(kind: Kind, model: Any, name: str) -> Any:
+    """The output of a model with one adapter, or by itself."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return output(kind, model)
+    model.set_adapter(name)
+    return output(kind, model)
+
+
+@pytest.mark.parametrize("names", [["default", "other"], ["__base__", "default"], ["other", "other"]])
+def test_each_sample_of_a_batch_may_have_its_own_adapter(names: list[str]) -> None:
+    model = DECODER.adapted(init_weights=False)
+    model.add_adapter("other", DECODER.config(init_weights=False, a1=2, a2=2))
+    model.eval()
+    found = model(TOKENS, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], alone(DECODER, model, name)[row])
+    assert torch.equal(model(TOKENS).logits, model(TOKENS, adapter_names=None).logits)
+    with pytest.raises(AdapterNameError, match="adapter_names has 'third', which no adapter is named"):
+        model(TOKENS, adapter_names=["default", "third"])
+    with pytest.raises(BatchError, match="3 adapters are given, one for each sample, but a layer's input has 2 rows"):
+        model(TOKENS, adapter_names=[*names, "default"])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_sample_is_generated_with_its_own_adapter(beams: int) -> None:
+    model = DECODER.adapted(init_weights=False)
+    model.add_adapter("other", DECODER.config(init_weights=False))
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "num_beams": beams, "do_sample": False}
+    found = model.generate(input_ids=TOKENS, adapter_names=["other", "default"], **options)
+    for row, name in enumerate(["other", "default"]):
+        model.set_adapter(name)
+        assert torch.equal(found[row], model.generate(input_ids=TOKENS, **options)[row])
+
+
+def test_names_do_not_last_until_gradient_checkpointing_computes_anew() -> None:
     model = DECODER.adapted()
-    model.add_adapter("other", DECODER.config())
-    names = ["default", "other"]
-    with pytest.raises(KronAError, match="not supported by KronA; call the model once for each adapter"):
-        model(TOKENS, adapter_names=names)
-    with pytest.raises(KronAError, match="adapter_names"):
-        model.generate(TOKENS, adapter_names=names)
-    model(TOKENS, adapter_names=None)
+    model.train()
+    model.base_model.model.gradient_checkpointing_enable()
+    with pytest.raises(BatchError, match="turn that off, or use krona_batch"):
+        model(TOKENS, adapter_names=["default", "default"])
 
 
 # Conversion to LoRA

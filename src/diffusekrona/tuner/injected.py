@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import MergeError
+from ..errors import BatchError, MergeError
 from ..kron.exact import Term
+from .batch import Batch
 from .compat import ADAPTED, BaseTunerLayer, ModulesToSaveWrapper
 from .config import KronAConfig
 from .layer import KronALayer, layers_beneath
@@ -70,6 +71,34 @@ def merge_beneath_others(model: nn.Module, safe_merge: bool, adapter_names: list
             if not isinstance(layer, KronALayer):  # which merges what is beneath it itself
                 for one in beneath:
                     one.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+@contextmanager
+def adapters_by_sample(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Let each sample have the adapter that a batch names for it.
+
+    Raises:
+        BatchError: one of them is merged into a weight, or trains whole modules, which are there for all samples.
+    """
+    layers = krona_layers(model)
+    for name, layer in layers.items():
+        if layer.merged_adapters:
+            raise BatchError(
+                f"{name} holds merged adapters ({', '.join(layer.merged_adapters)}), which every sample would have: "
+                "unmerge them first."
+            )
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    for chosen in filter(None, dict.fromkeys(batch.names)):
+        if chosen in configs and getattr(configs[chosen], "modules_to_save", None):
+            raise BatchError(f"The adapter {chosen!r} trains whole modules, which every sample would have.")
+    before = [(layer, layer.batch) for layer in layers.values()]
+    for layer in layers.values():
+        layer.batch = batch
+    try:
+        yield
+    finally:
+        for layer, other in before:
+            layer.batch = other
 
 
 @contextmanager

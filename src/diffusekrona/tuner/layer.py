@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FactorShapeError
+from ..kron.batched import Part, linear_with_krons
 from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
 from ..kron.fused import frozen_with_kron, linear_with_kron
 from ..kron.products import dense_update, kron_conv2d, kron_linear, sum_of
 from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, stacked, terms_of, update_shapes
+from .batch import Batch, Span
 from .compat import (
     BaseTunerLayer,
     check_adapters_to_merge,
@@ -84,6 +86,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         alpha: adapter name → the scale chosen in its config.
         scaling: adapter name → the scale in force, alpha times the adapter's weight.
         layout: adapter name → the order of its outputs, see `KronAConfig`.
+        batch: which adapter each row of the input has; None where all have the active ones.
         fused_rows: where this layer's weight has a copy in a fused projection, which is called in its place.
 
     Raises:
@@ -110,6 +113,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.layout: dict[str, Layout] = {}
         self.merged_adapters: list[str] = []
+        self.batch: Batch | None = None
         self._weight = MergedWeight()
         self.fused_rows: WeightCopy | None = None
 
@@ -220,6 +224,8 @@ class KronALayer(nn.Module, BaseTunerLayer):
             (..., d), in the base layer's dtype.
         """
         self.unmerge_if_disabled()
+        if self.batch is not None and not self.disable_adapters:
+            return self._forward_in_batch(self.batch.spans(len(x), set(self.krona_A.keys())), x, *args, **kwargs)
         base, names = self.base_layer, self._names_to_add()
         if names and not args and not kwargs and self._is_plain(names):
             if can_fuse(base, x):
@@ -238,8 +244,33 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def update(self, x: Tensor) -> Tensor | None:
         """Σ s · (A ⊗ B)x, (..., d), over the active adapters that are not merged; None without any."""
+        if self.batch is not None and not self.disable_adapters:
+            return self._update_in_batch(self.batch.spans(len(x), set(self.krona_A.keys())), x)
         names = self._names_to_add()
         return sum_of(self._delta(name, x) for name in names) if names else None
+
+    def _forward_in_batch(self, spans: list[Span], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, names = self.base_layer, list(dict.fromkeys(span.name for span in spans if span.name))
+        if not args and not kwargs and self._is_plain(names) and can_fuse(base, x):
+            pairs: list[tuple[Tensor, Tensor]] = []
+            products: dict[str | None, range] = {None: range(0)}
+            for name in names:
+                own = self._scaled_factors(name)
+                products[name] = range(len(pairs), len(pairs) + len(own))
+                pairs += own
+            parts = [Part(start, stop, products[name]) for start, stop, name in spans]
+            return linear_with_krons(x, base.weight, base.bias, pairs, parts)
+        result: Tensor = base(x, *args, **kwargs)
+        update = self._update_in_batch(spans, x)
+        return result if update is None else result + update.to(result.dtype)
+
+    def _update_in_batch(self, spans: list[Span], x: Tensor) -> Tensor | None:
+        found = {span: self._delta(span.name, x[span.start : span.stop]) for span in spans if span.name is not None}
+        if not found:
+            return None
+        like = next(iter(found.values()))
+        nothing = {span: like.new_zeros(span.stop - span.start, *like.shape[1:]) for span in spans if span not in found}
+        return torch.cat([(found | nothing)[span] for span in spans])
 
     def _names_to_add(self) -> list[str]:
         if self.disable_adapters:

@@ -6,18 +6,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterNameError, KronAError
+from ..errors import AdapterNameError, BatchError
+from .batch import Batch
 from .compat import BaseTuner, BaseTunerLayer, enter_in_peft
 from .config import KronAConfig, KronAPeftType
-from .injected import krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
+from .injected import adapters_by_sample, krona_layers, merge_beneath_others, terms_to_merge, undone_on_error
 from .layer import KronAConv2d, KronALayer, KronALinear, krona_layer_in
 from .names import FACTORS, PREFIX, factor_name, layer_of, unwrapped_name
 from .parts import give_parts_base_names
 from .projections import bring_to_fused
 from .targets import layer_factors, layer_scale, layer_terms, settle_targets
 from .weighted import Combination, weighted_sum
+
+BASE_ALONE = "__base__"
+"""PEFT's word for a sample without an adapter."""
 
 
 class KronAModel(BaseTuner):
@@ -82,6 +87,25 @@ class KronAModel(BaseTuner):
             yield
             bring_to_fused(model)
             give_parts_base_names(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to give each sample its own adapter: `model(x, adapter_names=["one", "__base__", …])`."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if unknown := sorted({name for name in names if name not in self.peft_config} - {BASE_ALONE}):
+            raise AdapterNameError(f"adapter_names has {', '.join(map(repr, unknown))}, which no adapter is named.")
+        if torch.is_grad_enabled() and any(getattr(part, "gradient_checkpointing", False) for part in self.modules()):
+            raise BatchError(
+                "adapter_names does not last until the backward pass, where gradient checkpointing computes anew: turn "
+                "that off, or use krona_batch."
+            )
+        chosen = [None if name == BASE_ALONE else name for name in names]
+        rows = len(chosen) * (kwargs.get("num_beams") or 1)  # a sample's beams follow each other
+        with adapters_by_sample(self.model, Batch(chosen, images=rows)):
+            yield
 
     @staticmethod
     def check_mergeable(model: nn.Module, adapter_names: list[str] | None = None) -> None:
@@ -167,15 +191,6 @@ class KronAModel(BaseTuner):
         # A saved name says nothing of adapters around the layer or of torch.compile, so it fits a model without them.
         saved: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return unwrapped_name(saved)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:  # PEFT would ignore it
-            raise KronAError(
-                "adapter_names, which gives each sample of a batch an adapter of its own, is not supported by KronA; "
-                "call the model once for each adapter, made active by set_adapter."
-            )
-        yield
 
     def _create_and_replace(
         self,
