@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from diffusekrona.kron.batched import Part, linear_with_krons
+from diffusekrona.kron.batched import Part, kron_linear_each, linear_with_krons
 from diffusekrona.kron.fused import linear_with_kron
-from tests.tensors import assert_all_close, laid_out, layouts, outputs_and_gradients
+from diffusekrona.kron.shapes import FactorShapes
+from tests.tensors import assert_all_close, laid_out, layouts, outputs_and_gradients, shapes_of_factors
 
 many = settings(deadline=None, max_examples=60)
 D, H = 24, 36
@@ -78,6 +79,21 @@ def test_each_sample_is_what_it_is_alone(data, counts, inner, bias, layout) -> N
     gradient, layout = torch.randn(*x.shape[:-1], D, dtype=torch.float64), [layout] * len(tensors)
     found = outputs_and_gradients(laid_out(batched(parts, bias), layout), tensors, gradient)
     assert_all_close(found, outputs_and_gradients(laid_out(reference(parts, bias), layout), tensors, gradient))
+
+
+@many
+@given(shapes_of_factors, st.integers(0, 4), st.sampled_from([(), (1,), (5,), (2, 3)]), st.integers(0, 1000))
+def test_a_product_for_each_sample_without_a_loop(
+    shapes: FactorShapes, samples: int, inner: tuple[int, ...], seed: int
+):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((samples, *inner, shapes.h), (samples, shapes.a1, shapes.a2), (samples, shapes.b1, shapes.b2))
+    x, A, B = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)
+    expected = [row @ torch.kron(a, b).T for row, a, b in zip(x, A, B, strict=True)]
+    found = kron_linear_each(x, A, B)
+    assert found.shape == (samples, *inner, shapes.d)
+    if expected:
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("tokens", [2, 90])

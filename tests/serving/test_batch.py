@@ -168,6 +168,32 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         pass
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "compile()"])
+def test_nothing_is_compiled_anew_for_other_adapters(whole: bool) -> None:
+    torch._dynamo.reset()
+    model, (x, context) = adapted(network(), *SHAPES).double(), samples()
+    activate(model, None)
+    plain = model(x, context)
+    if whole:
+        called = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    else:
+        (called := model).compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for number, names in enumerate((["dog", "cat", "fox", "hen"], ["hen", "fox", "cat", "dog"])):
+            with krona_batch(called, names), torch._dynamo.config.patch(error_on_recompile=number > 0):
+                found = called(x, context)
+                expected = torch.stack([row_alone(names[row], x, context, row) for row in range(4)])
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(found, plain)
+
+
+def row_alone(name: str, x: Tensor, context: Tensor, row: int) -> Tensor:
+    model = adapted(network(), *SHAPES).double()
+    activate(model, name)
+    found: Tensor = model(x, context)[row]
+    return found
+
+
 # A pipeline
 
 PIPELINES: dict[str, Callable[[], Any]] = {

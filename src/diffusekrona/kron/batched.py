@@ -6,6 +6,7 @@ products, added in place, as `fused` does for all samples alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .costs import cheapest_order
 from .fused import add_products, back_through_products, in_pairs, merged_weight, merges, num_inputs
+from .shapes import FactorShapes
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -90,6 +93,27 @@ class LinearWithKrons(torch.autograd.Function):
             for number, gradient in enumerate(found, first):
                 gradients[number] = _sum(gradients[number], gradient)
         return gx, None, None, None, *gradients
+
+
+def kron_linear_each(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """y[n] = (A[n] ⊗ B[n])x[n], in the cheaper order of the two products, without a loop over the samples.
+
+    Args:
+        x: inputs, (samples, ..., a2·b2).
+        A: samples × a1 × a2, of x's dtype.
+        B: samples × b1 × b2, likewise.
+
+    Returns:
+        (samples, ..., a1·b1).
+    """
+    (n, a1, a2), (_, b1, b2) = A.shape, B.shape
+    tokens = math.prod(x.shape[1:-1])
+    X = x.reshape(n, tokens, a2, b2)
+    if cheapest_order(FactorShapes(a1, a2, b1, b2)) == "A first":
+        Y = torch.bmm(torch.matmul(A.unsqueeze(1), X).flatten(1, 2), B.mT)
+    else:
+        Y = torch.matmul(A.unsqueeze(1), torch.bmm(X.flatten(1, 2), B.mT).view(n, tokens, a2, b1))
+    return Y.reshape(*x.shape[:-1], a1 * b1)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, parts: Sequence[Part]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import BatchError
 from ..tuner.batch import Batch
+from ..tuner.compat import is_compiled
 from ..tuner.components import adaptable_components, named_adapter
 from ..tuner.injected import adapters_by_sample
 from ..tuner.names import is_denoiser
@@ -25,7 +26,8 @@ def krona_batch(model: Any, adapter_names: Sequence[str | None]) -> Iterator[Non
 
     Inside, `pipe(prompts)` draws each prompt with its adapter: with guidance, with several images per prompt, by any
     Diffusers pipeline whose models keep a batch's rows in their order. Which adapters are active makes no difference
-    meanwhile. Gradients flow; with gradient checkpointing, call `backward` inside as well.
+    meanwhile. What `torch.compile` has compiled is not compiled anew for other adapters of the same shapes, and no
+    gradients flow there. Elsewhere they do; with gradient checkpointing, call `backward` inside as well.
 
     Args:
         model: a pipeline, or a module that is called with one row for each sample, or with all of them again for each
@@ -60,7 +62,7 @@ def krona_batch(model: Any, adapter_names: Sequence[str | None]) -> Iterator[Non
     }
     with ExitStack() as stack:
         for part, component in components.items():
-            stack.enter_context(adapters_by_sample(component, batches[part]))
+            stack.enter_context(adapters_by_sample(component, batches[part], is_compiled(model, component)))
         if of_pipeline:
             stack.enter_context(_counting_images(model, list(batches.values())))
         yield

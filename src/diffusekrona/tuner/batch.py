@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..errors import BatchError
 
 MOST_PASSES = 4
@@ -68,6 +71,16 @@ class Batch:
             found.append(Span(start, stop, name))
             start = stop
         return found
+
+    def repeated(self, per_sample: Tensor, rows: int) -> Tensor:
+        """What each sample has, (samples, ...), for each row of a layer's input.
+
+        Raises:
+            BatchError: as `spans`.
+        """
+        images = self._images(rows)
+        each = per_sample.repeat_interleave(images // len(self.names), 0)
+        return torch.cat([each] * (rows // images))
 
     def _images(self, rows: int) -> int:
         """How many rows one pass of the batch has."""

@@ -120,6 +120,13 @@ def is_feed_forward(module: nn.Module) -> bool:
     return isinstance(module, FeedForward)
 
 
+def is_compiled(model: Any, component: nn.Module) -> bool:
+    """Whether torch.compile has compiled a pipeline's component, or a model, as a whole or in parts."""
+    wrapped = [model] if isinstance(model, nn.Module) else model.components.values()
+    whole = any(getattr(part, COMPILED, None) is component for part in wrapped)
+    return whole or any(part._compiled_call_impl is not None for part in component.modules())
+
+
 def fake_tensors() -> AbstractContextManager[Any]:
     """Tensors made in this context have shapes and dtypes, and no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode

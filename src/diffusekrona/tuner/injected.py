@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import BatchError, MergeError
 from ..kron.exact import Term
 from .batch import Batch
+from .batched import BatchedLayer, CompiledBatchedLayer
 from .compat import ADAPTED, BaseTunerLayer, ModulesToSaveWrapper
 from .config import KronAConfig
 from .layer import KronALayer, layers_beneath
@@ -74,8 +75,8 @@ def merge_beneath_others(model: nn.Module, safe_merge: bool, adapter_names: list
 
 
 @contextmanager
-def adapters_by_sample(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Let each sample have the adapter that a batch names for it.
+def adapters_by_sample(model: nn.Module, batch: Batch, compiled: bool = False) -> Iterator[None]:
+    """Let each sample have the adapter that a batch names for it; gradients do not flow where the model is compiled.
 
     Raises:
         BatchError: one of them is merged into a weight, or trains whole modules, which are there for all samples.
@@ -91,14 +92,14 @@ def adapters_by_sample(model: nn.Module, batch: Batch) -> Iterator[None]:
     for chosen in filter(None, dict.fromkeys(batch.names)):
         if chosen in configs and getattr(configs[chosen], "modules_to_save", None):
             raise BatchError(f"The adapter {chosen!r} trains whole modules, which every sample would have.")
-    before = [(layer, layer.batch) for layer in layers.values()]
+    before = [(layer, layer.batched) for layer in layers.values()]
     for layer in layers.values():
-        layer.batch = batch
+        layer.batched = (CompiledBatchedLayer if compiled and not layer.kernel else BatchedLayer)(layer, batch)
     try:
         yield
     finally:
         for layer, other in before:
-            layer.batch = other
+            layer.batched = other
 
 
 @contextmanager

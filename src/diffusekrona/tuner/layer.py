@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FactorShapeError
-from ..kron.batched import Part, linear_with_krons
 from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
 from ..kron.fused import frozen_with_kron, linear_with_kron
 from ..kron.products import dense_update, kron_conv2d, kron_linear, sum_of
 from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, stacked, terms_of, update_shapes
-from .batch import Batch, Span
 from .compat import (
     BaseTunerLayer,
     check_adapters_to_merge,
@@ -54,6 +52,16 @@ class WeightCopy(Protocol):
         """Add updates no more."""
 
 
+class Batched(Protocol):
+    """What a layer does in whose batch each sample has its own adapter."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output."""
+
+    def update(self, x: Tensor) -> Tensor | None:
+        """What of it the adapters add; None for nothing."""
+
+
 class Factors(nn.ParameterDict):
     """One kind of factor: adapter name → parameter. What offloads weights hooks into its call, as into any module's."""
 
@@ -86,7 +94,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         alpha: adapter name → the scale chosen in its config.
         scaling: adapter name → the scale in force, alpha times the adapter's weight.
         layout: adapter name → the order of its outputs, see `KronAConfig`.
-        batch: which adapter each row of the input has; None where all have the active ones.
+        batched: what to do where each row of the input has its own adapter; None where all have the active ones.
         fused_rows: where this layer's weight has a copy in a fused projection, which is called in its place.
 
     Raises:
@@ -113,7 +121,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.layout: dict[str, Layout] = {}
         self.merged_adapters: list[str] = []
-        self.batch: Batch | None = None
+        self.batched: Batched | None = None
         self._weight = MergedWeight()
         self.fused_rows: WeightCopy | None = None
 
@@ -224,17 +232,17 @@ class KronALayer(nn.Module, BaseTunerLayer):
             (..., d), in the base layer's dtype.
         """
         self.unmerge_if_disabled()
-        if self.batch is not None and not self.disable_adapters:
-            return self._forward_in_batch(self.batch.spans(len(x), set(self.krona_A.keys())), x, *args, **kwargs)
+        if self.batched is not None and not self.disable_adapters:
+            return self.batched.forward(x, *args, **kwargs)
         base, names = self.base_layer, self._names_to_add()
-        if names and not args and not kwargs and self._is_plain(names):
+        if names and not args and not kwargs and self.is_plain(names):
             if can_fuse(base, x):
                 return linear_with_kron(x, base.weight, base.bias, self._all_factors(names))
             if (frozen := frozen_to_fuse(base, x)) is not None:
                 return frozen_with_kron(x, frozen, self._all_factors(names))
         result: Tensor = base(x, *args, **kwargs)
         for name in names:
-            result = result + self._delta(name, x).to(result.dtype)
+            result = result + self.delta(name, x).to(result.dtype)
         return result
 
     def unmerge_if_disabled(self) -> None:
@@ -244,51 +252,29 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def update(self, x: Tensor) -> Tensor | None:
         """Σ s · (A ⊗ B)x, (..., d), over the active adapters that are not merged; None without any."""
-        if self.batch is not None and not self.disable_adapters:
-            return self._update_in_batch(self.batch.spans(len(x), set(self.krona_A.keys())), x)
+        if self.batched is not None and not self.disable_adapters:
+            return self.batched.update(x)
         names = self._names_to_add()
-        return sum_of(self._delta(name, x) for name in names) if names else None
-
-    def _forward_in_batch(self, spans: list[Span], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, names = self.base_layer, list(dict.fromkeys(span.name for span in spans if span.name))
-        if not args and not kwargs and self._is_plain(names) and can_fuse(base, x):
-            pairs: list[tuple[Tensor, Tensor]] = []
-            products: dict[str | None, range] = {None: range(0)}
-            for name in names:
-                own = self._scaled_factors(name)
-                products[name] = range(len(pairs), len(pairs) + len(own))
-                pairs += own
-            parts = [Part(start, stop, products[name]) for start, stop, name in spans]
-            return linear_with_krons(x, base.weight, base.bias, pairs, parts)
-        result: Tensor = base(x, *args, **kwargs)
-        update = self._update_in_batch(spans, x)
-        return result if update is None else result + update.to(result.dtype)
-
-    def _update_in_batch(self, spans: list[Span], x: Tensor) -> Tensor | None:
-        found = {span: self._delta(span.name, x[span.start : span.stop]) for span in spans if span.name is not None}
-        if not found:
-            return None
-        like = next(iter(found.values()))
-        nothing = {span: like.new_zeros(span.stop - span.start, *like.shape[1:]) for span in spans if span not in found}
-        return torch.cat([(found | nothing)[span] for span in spans])
+        return sum_of(self.delta(name, x) for name in names) if names else None
 
     def _names_to_add(self) -> list[str]:
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.krona_A and name not in self.merged_adapters]
 
-    def _is_plain(self, names: list[str]) -> bool:
+    def is_plain(self, names: list[str]) -> bool:
+        """Whether these adapters do no more than add s · (A ⊗ B)x, so that they can be fused with the base."""
         return all(self.layout[name] == "kron" and not self._drops_out(name) for name in names)
 
     def _drops_out(self, name: str) -> bool:
         return self.training and self.dropout[name] > 0
 
-    def _delta(self, name: str, x: Tensor) -> Tensor:
+    def delta(self, name: str, x: Tensor) -> Tensor:
         """The update's part of the output, (..., d)."""
         if self._drops_out(name):
             x = nn.functional.dropout(x, self.dropout[name])
         # Where weights are offloaded in groups, factors that came later stay where they are.
-        pairs = [(A.to(x.device, x.dtype), B.to(x.device, x.dtype)) for A, B in self._scaled_factors(name)]
+        pairs = [(A.to(x.device, x.dtype), B.to(x.device, x.dtype)) for A, B in self.scaled_factors(name)]
         delta = sum_of(self._product(x, A, B) for A, B in pairs)
         if self.layout[name] == "transposed":
             a1, b1 = self.shapes(name).factors.a1, self.shapes(name).factors.b1
@@ -299,10 +285,10 @@ class KronALayer(nn.Module, BaseTunerLayer):
         return kron_linear(x, A, B)
 
     def _all_factors(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
-        return [pair for name in names for pair in self._scaled_factors(name)]
+        return [pair for name in names for pair in self.scaled_factors(name)]
 
-    def _scaled_factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """(s·A, B) of each term."""
+    def scaled_factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(s·A, B) of each of an adapter's terms."""
         # The scale goes into the smaller factor, which is cheaper than touching x or the output.
         scale = self.scaling[name]
         return [(A if scale == 1 else A * scale, B) for A, B in self.factors(name)]
@@ -318,7 +304,7 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update of one adapter, of the base weight's shape, in the factors' dtype."""
-        delta = dense_update(self._scaled_factors(adapter), self.layout[adapter])
+        delta = dense_update(self.scaled_factors(adapter), self.layout[adapter])
         return delta.view(self.out_features, self.in_features, *self.kernel)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
