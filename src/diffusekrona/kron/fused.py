@@ -187,12 +187,13 @@ def _multiplies_in_full_precision() -> bool:
     return matmul.fp32_precision in ("ieee", "none")
 
 
-def merged_weight(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """W + Σ A ⊗ B."""
+def merged_weight(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], memory: Tensor | None = None) -> Tensor:
+    """W + Σ A ⊗ B, in memory of W's size if that is given, for which no gradients can be recorded."""
     merged = weight
     for A, B in pairs:
-        (a1, a2), (b1, b2) = A.shape, B.shape
-        merged = torch.addcmul(merged.reshape(a1, b1, a2, b2), A[:, None, :, None], B[:, None, :]).view(weight.shape)
+        split = (A.shape[0], B.shape[0], A.shape[1], B.shape[1])
+        out = None if memory is None else memory.view(split)
+        merged = torch.addcmul(merged.reshape(split), A[:, None, :, None], B[:, None, :], out=out).view(weight.shape)
     return merged
 
 
