@@ -90,7 +90,6 @@ THEIRS = {
     "from_single_file": StableDiffusionPipeline.from_single_file,
     "load_textual_inversion": StableDiffusionPipeline.load_textual_inversion,
     "save_pretrained": DiffusionPipeline.save_pretrained,
-    "set_adapter": PeftModel.set_adapter,
 }
 """Names of other libraries, and what they name."""
 
