@@ -11,7 +11,17 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from diffusekrona import KronAConfig, inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
+from diffusekrona import (
+    KronAConfig,
+    inject_krona,
+    krona_batch,
+    load_krona,
+    merge_krona,
+    save_krona,
+    unload_krona,
+    unmerge_krona,
+)
+from diffusekrona.errors import BatchError
 from diffusekrona.tuner.injected import krona_layers
 from diffusekrona.tuner.model import KronAModel
 from tests.modules import inputs, network
@@ -303,18 +313,27 @@ def test_a_model_is_cast_when_nothing_is_merged():
     unmerge_krona(model)
 
 
-def test_each_sample_gets_its_adapter_by_a_call_for_each():
+def test_adapters_of_samples_last_through_gradient_checkpointing_in_krona_batch_or_without_it():
     model = get_peft_model(network(), KronAConfig(**FIT, init_weights=False), "one")
     model.add_adapter("two", KronAConfig(**FIT, init_weights=False))
-    x, context = inputs()
-    text = refusal(model, x, context, adapter_names=["one", "two"])
-    assert "call the model once for each adapter, made active by set_adapter" in text
-    found = []
-    for number, name in enumerate(("one", "two")):
-        model.set_adapter(name)
-        found.append(model(x[number : number + 1], context[number : number + 1]))
-    model.set_adapter("one")
-    assert not torch.allclose(model(x, context)[1], found[1][0])
+    names, block = ["one", "two"], model.base_model.model.blocks[0]
+    block.gradient_checkpointing = True
+    assert "turn that off, or use krona_batch" in refusal(model, *inputs(), adapter_names=names)
+    with krona_batch(model, names):
+        found = model(*inputs())
+    block.gradient_checkpointing = False
+    assert torch.equal(model(*inputs(), adapter_names=names), found)
+
+
+def test_a_batch_of_adapters_is_possible_once_merged_ones_are_unmerged():
+    model = network()
+    inject_krona(model, KronAConfig(**FIT))
+    merge_krona(model)
+    with pytest.raises(BatchError, match="unmerge them first"), krona_batch(model, ["default", None]):
+        pass
+    unmerge_krona(model)
+    with krona_batch(model, ["default", None]):
+        model(*inputs())
 
 
 def test_merged_adapters_are_named_in_a_list():
