@@ -101,7 +101,8 @@ class CompiledBatchedLayer(BatchedLayer):
 
 def _stacks(layer: KronALayer, batch: Batch) -> Iterator[_Stacked]:
     base: Any = layer.get_base_layer()
-    dtype, samples = base.weight.dtype, len(batch.names)
+    # A quantized weight may be of whole numbers, which factors are not.
+    dtype, samples = base.weight.dtype if base.weight.is_floating_point() else None, len(batch.names)
     terms = [
         (number, layer.layout[name], tuple(A.shape), tuple(B.shape), row, A, B)
         for row, name in enumerate(batch.names)
