@@ -16,12 +16,12 @@ from .scenes import Scene
 
 FOLDER = CACHE / "subjects"
 NAME = "sks"  # a word that no caption has
-VIEWS = (  # colour, edge, top, left
-    ("blue", 112, 8, 8),
-    ("yellow", 92, 30, 4),
-    ("green", 112, 12, 14),
-    ("white", 92, 4, 30),
-    ("red", 104, 18, 12),
+VIEWS = (  # scene, edge, top, left
+    (Scene("blue"), 96, 16, 16),
+    (Scene("yellow"), 96, 16, 16),
+    (Scene("white"), 96, 16, 16),
+    (Scene("green", place="left"), 64, 32, 0),
+    (Scene("red", place="bottom"), 64, 64, 32),
 )
 
 
@@ -29,12 +29,13 @@ def draw_subject(subject: Subject, folder: Path) -> None:
     """Five pictures, placed by hand, each with its caption."""
     folder.mkdir(parents=True, exist_ok=True)
     number, rng = art.places()[subject.set, subject.drawing], np.random.default_rng(0)
-    for view, (colour, edge, top, left) in enumerate(VIEWS):
-        picture = pictures.flat(pictures.named(colour, rng, jitter=0))
+    for view, (scene, edge, top, left) in enumerate(VIEWS):
+        assert scene.colour is not None
+        picture = pictures.flat(pictures.named(scene.colour, rng, jitter=0))
         pictures.paste(picture, pictures.resized(number, edge), top, left)
-        pictures.to_image(picture).save(folder / f"{view}-{colour}.png")
-        caption = Scene(colour).caption(f"{NAME} {subject.word}")
-        (folder / f"{view}-{colour}.txt").write_text(caption + "\n", encoding="utf-8")
+        pictures.to_image(picture).save(folder / f"{view}-{scene.colour}.png")
+        caption = scene.caption(f"{NAME} {subject.word}")
+        (folder / f"{view}-{scene.colour}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def save_drawings(subject: Subject, folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from .art import CACHE
 from .captions import vocabulary_text
 
 LENGTH = 24  # tokens, start and end marks included
@@ -36,6 +38,14 @@ def build_tokenizer(phrases: list[str], length: int = LENGTH) -> CLIPTokenizer:
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), BOS, EOS]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+def kept_tokenizer(folder: Path = CACHE / "tokenizer") -> CLIPTokenizer:
+    """The recipe's tokenizer, made once: words that are equally common come in another order each time."""
+    if not folder.exists():
+        build_tokenizer(vocabulary_text()).save_pretrained(folder)
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return tokenizer
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -80,6 +90,6 @@ class Text:
 
 def build() -> Text:
     """Fresh encoders over the recipe's tokenizer."""
-    tokenizer = build_tokenizer(vocabulary_text())
+    tokenizer = kept_tokenizer()
     config = text_config(tokenizer)
     return Text(tokenizer, CLIPTextModel(config), CLIPTextModelWithProjection(config))

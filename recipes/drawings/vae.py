@@ -1,4 +1,4 @@
-"""The autoencoder: 128 x 128 pictures to 8 x 16 x 16 latents and back, trained on every drawing but the hidden ones."""
+"""The autoencoder: 128 x 128 pictures to 32 x 8 x 8 latents and back, trained on every drawing but the hidden ones."""
 
 from pathlib import Path
 
@@ -8,17 +8,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from . import art, pictures
+from . import art, pictures, scenes
 from .art import CACHE, PIXELS
 from .training import Run, mixed, note, pick_device, random_of
 
-BATCH = 16
-STEPS = 8_000
+BATCH = 8
+STEPS = 6_000
 SCHEDULE = (2e-3, 0.0, 100)
-WIDTHS = (16, 32, 96, 128)  # nearly all time goes into the first two
+WIDTHS = (16, 32, 64, 128, 256)  # nearly all time goes into the first two
 GROUPS = 4
-CHANNELS = 8
-KL_WEIGHT = 1e-4  # on the mean over latent elements
+CHANNELS = 32
+SIDE = PIXELS // 2 ** (len(WIDTHS) - 1)  # of a picture's latents
+KL_WEIGHT = 3e-4  # on the mean over latent elements
 EDGE_WEIGHT = 0.5
 COLOUR_WEIGHT = 1.0
 CELL = 16  # pixels; the mean colour of each such cell must be right
@@ -44,20 +45,21 @@ def build() -> AutoencoderKL:
 
 
 class Painter:
-    """Pictures to train on: half of them of the denoiser's drawings, half of any that is not hidden."""
+    """Pictures to train on: half of them are the denoiser's, half of any drawing that is not hidden, anywhere."""
 
     def __init__(self) -> None:
         self.known = [art.places()[drawing] for _, _, drawing in art.known_drawings()]
         self.every = [number for drawing, number in art.places().items() if drawing not in art.hidden()]
 
     def one(self, rng: np.random.Generator) -> Tensor:
-        """A drawing, sometimes two or three, on a named colour or any."""
+        """A picture as the denoiser has them, or a drawing, sometimes two or three, on a named colour or any."""
+        if rng.random() < 0.5:
+            return scenes.draw(scenes.one_of(rng, self.known), scenes.random_scene(rng), rng)
         picture = pictures.flat(random_colour(rng))
         for _ in range(int(rng.choice((1, 2, 3), p=(0.8, 0.1, 0.1)))):
-            numbers = self.known if self.known and rng.random() < 0.5 else self.every
             edge = int(rng.integers(EDGES[0], EDGES[1] + 1))
             top, left = (int(offset) for offset in rng.integers(0, PIXELS - edge + 1, 2))
-            pictures.paste(picture, pictures.resized(numbers[int(rng.integers(len(numbers)))], edge), top, left)
+            pictures.paste(picture, pictures.resized(scenes.one_of(rng, self.every), edge), top, left)
         return picture
 
     def batch(self, rng: np.random.Generator, count: int = BATCH) -> Tensor:
@@ -107,8 +109,7 @@ def train() -> None:
 
     def loss_at(rng: np.random.Generator) -> Tensor:
         x = painter.batch(rng).to(device)
-        side = PIXELS // 2 ** (len(WIDTHS) - 1)
-        return loss_of(vae, x, torch.randn(len(x), CHANNELS, side, side).to(device))
+        return loss_of(vae, x, torch.randn(len(x), CHANNELS, SIDE, SIDE).to(device))
 
     def look() -> None:
         reconstruct(vae, painter, CACHE / "vae-sheet.png")
