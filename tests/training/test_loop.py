@@ -14,7 +14,6 @@ from diffusekrona.training import (
     TrainingDivergedError,
     UnsupportedPipelineError,
     fit,
-    loop,
     prepare_images,
 )
 from tests.pipelines import tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -481,7 +480,7 @@ def test_such_steps_can_be_skipped(optimizer, bad):
 
 
 def test_a_run_that_skips_too_many_in_a_row_stops(monkeypatch):
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    monkeypatch.setattr("diffusekrona.training.run_state.MOST_SKIPPED", 3)
     pipe, factors = adapted(**SMALL)
     spoilt(pipe, {1, 2, 4, 5, 6})
     reported = []

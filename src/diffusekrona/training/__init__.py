@@ -41,9 +41,19 @@ if TYPE_CHECKING:
     from .config import TrainingConfig
     from .data import ImagePlan, TrainingImage, load_dataset, load_folder, prepare_images
     from .dreambooth import train_dreambooth, training_resolution
-    from .loop import TrainingResult, TrainingStep, fit
+    from .loop import fit
+    from .progress import TrainingResult, TrainingStep
     from .script_hooks import accelerate_hooks
 else:
     __getattr__ = loaded_at_first_use(
-        __name__, __all__, "..errors", ".config", ".data", ".checkpoints", ".loop", ".dreambooth", ".script_hooks"
+        __name__,
+        __all__,
+        "..errors",
+        ".config",
+        ".data",
+        ".checkpoints",
+        ".progress",
+        ".loop",
+        ".dreambooth",
+        ".script_hooks",
     )

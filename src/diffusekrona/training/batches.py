@@ -44,6 +44,30 @@ class _Drawn(NamedTuple):
     mask: Tensor | None
 
 
+class Asked(NamedTuple):
+    """What the denoiser is asked for a batch, on the device.
+
+    Attributes:
+        latents: (batch, channels, height, width).
+        noise: shaped like them.
+        levels: of the noise, (batch).
+        noisy: latents with noise, in the denoiser's type.
+        timesteps: what the denoiser is told of the levels.
+        wordings: a prompt for each image.
+        sizes: what SDXL is told of them, (batch, 6).
+        masks: of each image, (1, height, width), or None.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    levels: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    wordings: list[str]
+    sizes: Tensor
+    masks: list[Tensor | None]
+
+
 class Batches:
     """The batches that one set of training images makes, numbered from 0, and this process's share of them.
 
@@ -91,7 +115,7 @@ class Batches:
             folder=folder,
         )
         _tell_unread(family, images)
-        self._texts = Texts(
+        self.texts = Texts(
             family,
             [*all_wordings([image.prompt for image in images], config), *more_prompts],
             text_encoders(pipe),
@@ -103,14 +127,8 @@ class Batches:
 
     def loss(self, number: int) -> Tensor:
         """Loss of a batch, a float32 scalar with gradients."""
-        drawn = [self._draw(sample) for sample in self._share(number)]
-        latents, noise, levels = self._stacked(drawn)
-        with self._accelerator.autocast():
-            text = self._texts([one.wording for one in drawn])
-            prediction = self._family.predict(*self._told(latents, noise, levels), text, self._sizes(drawn))
-        target = self._objective.target(latents, noise, levels)
-        errors = self._errors(prediction, target, [one.mask for one in drawn])
-        return (self._objective.weights(levels) * errors).mean()
+        asked = self.asked(number)
+        return self.loss_of(asked, self.answer(asked), self.target(asked))
 
     def kept(self, number: int, prompt: str, as_base: AsBase) -> Tensor:
         """How far a batch's predictions for another prompt are from the base's own, a scalar with gradients.
@@ -123,31 +141,43 @@ class Batches:
                 the set's `more_prompts`.
             as_base: makes the pipeline the base's for a while.
         """
+        asked = self.asked(number, prompt)
+        with as_base(), torch.no_grad():
+            target = self.answer(asked)
+        return self.loss_of(asked, self.answer(asked), target)
+
+    def asked(self, number: int, prompt: str | None = None) -> Asked:
+        """What the denoiser is asked for a batch: with the images' own prompts, or with another, and then no masks."""
         drawn = [self._draw(sample) for sample in self._share(number)]
-        latents, noise, levels = self._stacked(drawn)
-        told, sizes, prompts = self._told(latents, noise, levels), self._sizes(drawn), [prompt] * len(drawn)
+        device = self._accelerator.device
+        levels = torch.tensor([one.level for one in drawn], device=device)
+        latents, noise = (
+            torch.stack(each).to(device) for each in zip(*((d.latents, d.noise) for d in drawn), strict=True)
+        )
+        return Asked(
+            latents,
+            noise,
+            levels,
+            self._objective.add_noise(latents, noise, levels).to(self._family.dtype),
+            self._objective.timesteps(levels),
+            [one.wording if prompt is None else prompt for one in drawn],
+            torch.tensor([one.image.sizes for one in drawn], dtype=torch.float32, device=device),
+            [one.mask if prompt is None else None for one in drawn],
+        )
+
+    def answer(self, asked: Asked) -> Tensor:
+        """The denoiser's prediction, shaped like the latents."""
         with self._accelerator.autocast():
-            with as_base(), torch.no_grad():
-                target = self._family.predict(*told, self._texts(prompts), sizes)
-            prediction = self._family.predict(*told, self._texts(prompts), sizes)
-        errors = self._errors(prediction, target, [None] * len(drawn))
-        return (self._objective.weights(levels) * errors).mean()
+            return self._family.predict(asked.noisy, asked.timesteps, self.texts(asked.wordings), asked.sizes)
 
-    def _stacked(self, drawn: Sequence[_Drawn]) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents and noise of a batch, each (batch, channels, height, width), and its noise levels, on the device."""
-        latents, noise = [one.latents for one in drawn], [one.noise for one in drawn]
-        levels = torch.tensor([one.level for one in drawn], device=self._accelerator.device)
-        return torch.stack(latents).to(levels.device), torch.stack(noise).to(levels.device), levels
+    def target(self, asked: Asked) -> Tensor:
+        """What the prediction should be."""
+        return self._objective.target(asked.latents, asked.noise, asked.levels)
 
-    def _told(self, latents: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents in the denoiser's type, and what it is told of their noise."""
-        noisy = self._objective.add_noise(latents, noise, levels).to(self._family.dtype)
-        return noisy, self._objective.timesteps(levels)
-
-    def _sizes(self, drawn: Sequence[_Drawn]) -> Tensor:
-        """What SDXL is told of a batch's sizes, (batch, 6)."""
-        sizes = [one.image.sizes for one in drawn]
-        return torch.tensor(sizes, dtype=torch.float32, device=self._accelerator.device)
+    def loss_of(self, asked: Asked, prediction: Tensor, target: Tensor) -> Tensor:
+        """The mean error of a prediction, weighted by noise levels, a float32 scalar."""
+        errors = self._errors(prediction, target, asked.masks)
+        return (self._objective.weights(asked.levels) * errors).mean()
 
     @property
     def marks(self) -> str:

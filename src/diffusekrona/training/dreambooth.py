@@ -21,7 +21,8 @@ from .config import TrainingConfig
 from .data import ImagePlan, TrainingImage, load_folder, prepare_images
 from .export import ABOUT_ADAPTER
 from .families import family_of
-from .loop import TrainingResult, TrainingStep, fit
+from .loop import fit
+from .progress import TrainingResult, TrainingStep
 from .runtime import seeded
 
 
@@ -74,21 +75,10 @@ def train_dreambooth(
         KronAError: the adapter cannot be injected.
     """
     config, krona_config = config or TrainingConfig(), krona_config or KronAConfig()
-    about = {f"{ABOUT_ADAPTER}{name}": value for name, value in krona_config.to_dict().items()}
     family_of(pipe)
-    about["the base model"] = base_identity(pipe)
+    about = about_run(krona_config, base_identity(pipe))
     examples = _examples(images, prompt, plan or ImagePlan(training_resolution(pipe, None)))
-    with seeded(config.seed, torch.device("cpu")):
-        krona = inject_krona(
-            pipe,
-            krona_config,
-            adapter_name=adapter_name,
-            text_encoders=config.adapted_encoders,
-            denoiser=config.train_denoiser,
-        )
-    try:
-        if init_from is not None:
-            hotswap_krona(pipe, init_from, adapter_name)
+    with begun_adapter(pipe, config, krona_config, adapter_name, init_from) as krona:
         return fit(
             pipe,
             examples,
@@ -103,6 +93,32 @@ def train_dreambooth(
             about=about,
             keep_encoders=keep_encoders,
         )
+
+
+def about_run(krona_config: KronAConfig, base: str) -> dict[str, Any]:
+    """What tells a run from others beside how it trains: its adapter's config, and `base_identity` of its base."""
+    return {f"{ABOUT_ADAPTER}{name}": value for name, value in krona_config.to_dict().items()} | {
+        "the base model": base
+    }
+
+
+@contextmanager
+def begun_adapter(
+    pipe: Any, config: TrainingConfig, krona_config: KronAConfig, adapter_name: str, init_from: Path | None
+) -> Iterator[InjectedAdapter]:
+    """Put a fresh adapter, or what a saved one holds, into a pipeline; any error but Ctrl-C takes it out again."""
+    with seeded(config.seed, torch.device("cpu")):
+        krona = inject_krona(
+            pipe,
+            krona_config,
+            adapter_name=adapter_name,
+            text_encoders=config.adapted_encoders,
+            denoiser=config.train_denoiser,
+        )
+    try:
+        if init_from is not None:
+            hotswap_krona(pipe, init_from, adapter_name)
+        yield krona
     except KeyboardInterrupt:
         raise
     except BaseException:

@@ -23,10 +23,12 @@ class Output:
 
     Args:
         settings: of the run.
+        adapter_name: of the adapter in the pipeline; may be left out where there is just one.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, adapter_name: str | None = None) -> None:
         self._settings: OutputSettings = settings.output
+        self.adapter_name = adapter_name
         self.path = self._settings.output_dir
         self.folder = self._settings.run_folder
         self.is_single = self.path.suffix == ".safetensors"
@@ -98,9 +100,9 @@ class Output:
 
     def save(self, pipe: Any, facts: dict[str, str]) -> list[Path]:
         """Save the adapter and its copies; the places, the first of which is `output_dir`."""
-        saved = [save_krona(pipe, self.path), *([] if self.is_single else [save_krona(pipe, self.whole)])]
+        saved = [save_krona(pipe, path, self.adapter_name) for path in dict.fromkeys([self.path, self.whole])]
         if self.copy is not None and self._settings.also is not None:
-            saved.append(save_krona(pipe, self.copy, format=self._settings.also, metadata=facts))
+            saved.append(save_krona(pipe, self.copy, self.adapter_name, format=self._settings.also, metadata=facts))
         self._note_written()
         return saved
 
@@ -108,7 +110,13 @@ class Output:
         """Save the adapter as it is after a step."""
         file = self.step_file(step)
         file.parent.mkdir(parents=True, exist_ok=True)
-        return save_krona(pipe, file)
+        return save_krona(pipe, file, self.adapter_name)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a run has left all here: the adapter, its copy, and the report, which comes last."""
+        files = [self.whole, *([] if self.copy is None else [self.copy])]
+        return self.page.exists() and all(file.exists() and file.name in self._written() for file in files)
 
     def write(self, texts: dict[Path, str]) -> None:
         """Write text files beside the adapter or into the run's folder."""

@@ -21,7 +21,7 @@ from ..errors import TrainingConfigError
 from ..generation import generate_images
 from ..inputs.images import figure_png, image_png
 from ..storage import write_whole
-from .loop import TrainingStep
+from .progress import TrainingStep
 from .runtime import modes_kept
 from .settings import ReportTo
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ..bases.loading import load_base
@@ -23,12 +21,13 @@ from .data import ImagePlan, TrainingImage, load_dataset, load_folder, load_name
 from .dreambooth import train_dreambooth, training_resolution
 from .families import family_of
 from .hub import check_hub, hub_repository, push
-from .loop import TrainingResult, TrainingStep
+from .observers import Observers, no_matter
 from .optimizer_names import check_optimizer
 from .output import Output
 from .prior import draw_class_images
-from .reports import Trackers, Validation, model_card, run_page
-from .runtime import sharding_of, this_process
+from .progress import TrainingResult, TrainingStep
+from .reports import model_card, run_page
+from .runtime import this_process
 from .scores import score_adapters, scores_json, scores_rows
 from .settings import Settings, settings_text
 
@@ -75,29 +74,12 @@ def run(
     done = _train(settings, output, on_step, on_class_image)
     gc.collect()  # the base, whose parts know each other, goes out of memory before anything is drawn
     if this_process().is_main_process:
-        rows: Mapping[str, str] = {}
-        if settings.output.score:
-            with _no_matter("The adapters could not be scored"):
-                rows = _scored(settings, output, done)
-        with _no_matter("The report could not be written"):
-            _tell(settings, output, done, rows)
-        if repository is not None:
-            with _no_matter(f"The adapter is in {output.path}, but could not be pushed to {repository}"):
-                push(output.path, repository)
+        tell_all(settings, output, done)
     return Outcome(done.result, done.report, done.saved, output.page)
 
 
-@contextmanager
-def _no_matter(what: str) -> Iterator[None]:
-    """Let something fail with a warning."""
-    try:
-        yield
-    except Exception as error:
-        _log.warning("%s: %s", what, error or type(error).__name__)
-
-
 @dataclass(frozen=True)
-class _Done:
+class Done:
     """A training whose adapter is saved: what came of it, the pipeline's class, and the subject's images, each once."""
 
     result: TrainingResult
@@ -109,16 +91,16 @@ class _Done:
 
 def _train(
     settings: Settings, output: Output, on_step: OnStep | None, on_class_image: Callable[[int, int], None] | None
-) -> _Done:
+) -> Done:
     data, adapter = settings.data, settings.adapter.config()
-    pipe = _base(settings)
+    pipe = base_of(settings)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
     writes = this_process().is_main_process
     if writes:
         output.write({output.folder / "settings.yaml": settings_text(settings)})
-    observers = _Observers(pipe, settings, output, writes)
+    observers = Observers(pipe, settings, output, writes)
 
     def after(done: TrainingStep) -> None:
         observers(done)
@@ -146,78 +128,26 @@ def _train(
         raise
     finally:
         observers.close()
+    return saved_run(pipe, settings, output, result, images, writes)
+
+
+def saved_run(
+    pipe: Any,
+    settings: Settings,
+    output: Output,
+    result: TrainingResult,
+    images: list[TrainingImage],
+    writes: bool = True,
+) -> Done:
+    """Save the adapter of a run that is trained; what is known of it then."""
     facts = {"ss_steps": str(result.steps), "ss_learning_rate": str(settings.training.learning_rate)}
     saved = output.save(pipe, facts) if writes else []
     pictures = {image.source: image.image for image in images}
-    return _Done(result, krona_report(pipe), saved, type(pipe).__name__, list(pictures.values()))
+    report = krona_report(pipe, output.adapter_name)
+    return Done(result, report, saved, type(pipe).__name__, list(pictures.values()))
 
 
-class _Observers:
-    """What looks at a run after each step: trackers, saved adapters, and pictures of validation prompts.
-
-    The first process writes. Trackers and pictures that fail are told once, and the training goes on.
-    """
-
-    def __init__(self, pipe: Any, settings: Settings, output: Output, writes: bool) -> None:
-        chosen = settings.output
-        found = output.checkpoints.newest() if chosen.resume else None
-        self._trackers = (
-            Trackers(output.folder / "tensorboard", settings.flat(), chosen.report_to, found.step if found else 0)
-            if writes
-            else None
-        )
-        self._pipe, self._output, self._writes, self._save_every = pipe, output, writes, chosen.save_every
-        self._prompts, self._every = chosen.validation_prompt, chosen.validation_steps
-        self._validation = Validation(
-            pipe,
-            self._prompts,
-            output.folder / "validation" if writes else None,
-            seed=settings.training.seed,
-            steps=chosen.validation_inference_steps,
-            guidance_scale=chosen.validation_guidance_scale,
-        )
-        self._failed: set[str] = set()
-
-    def __call__(self, done: TrainingStep) -> None:
-        if self._save_every is not None and done.step % self._save_every == 0 and self._writes:
-            with done.averaged():
-                self._output.save_step(self._pipe, done.step)
-        if self._trackers is not None:
-            with self._once("The progress could not be written down"):
-                self._trackers.step(done)
-        if not self._prompts or (done.step % self._every and done.step != done.steps):
-            return
-        images: list[Image.Image] | None = None
-        if sharding_of(AcceleratorState()) is not None:
-            images = self._drawn(done)  # in every process, as the first one needs the weights that are in the others
-        elif self._writes:
-            with self._once("The validation prompts could not be drawn"):
-                images = self._drawn(done)
-        if self._trackers is not None and images is not None:
-            with self._once("The validation pictures could not be written down"):
-                self._trackers.pictures(done.step, self._prompts, images)
-
-    @contextmanager
-    def _once(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if what not in self._failed:
-                _log.warning("%s; the training goes on without: %s", what, error or type(error).__name__)
-            self._failed.add(what)
-
-    def _drawn(self, done: TrainingStep) -> list[Image.Image]:
-        with done.averaged():
-            return self._validation.draw(done.step)
-
-    def close(self) -> None:
-        """Write what is still to be written."""
-        if self._trackers is not None:
-            with _no_matter("The progress could not be written to its end"):
-                self._trackers.close()
-
-
-def _base(settings: Settings) -> Any:
+def base_of(settings: Settings) -> Any:
     """The base as the settings say, without progress bars."""
     data = settings.data
     pipe = load_base(
@@ -233,12 +163,26 @@ def _base(settings: Settings) -> Any:
     return pipe
 
 
-def _scored(settings: Settings, output: Output, done: _Done) -> Mapping[str, str]:
+def tell_all(settings: Settings, output: Output, done: Done) -> None:
+    """What comes after an adapter is saved: scores, the report, the hub. What fails there is a warning."""
+    rows: Mapping[str, str] = {}
+    if settings.output.score:
+        with no_matter("The adapters could not be scored"):
+            rows = _scored(settings, output, done)
+    with no_matter("The report could not be written"):
+        _tell(settings, output, done, rows)
+    repository = hub_repository(settings.output)
+    if repository is not None:
+        with no_matter(f"The adapter is in {output.path}, but could not be pushed to {repository}"):
+            push(output.path, repository)
+
+
+def _scored(settings: Settings, output: Output, done: Done) -> Mapping[str, str]:
     """Score the adapters of saved steps and the last one; a row for each of the report's table."""
     chosen, device = settings.output, this_process().device
     encoders = Encoders(chosen.clip, chosen.dino, device=device)
     found = score_adapters(
-        _base(settings).to(device),
+        base_of(settings).to(device),
         [*(file for file in output.step_files if file != output.step_file(done.result.steps)), done.saved[0]],
         chosen.validation_prompt,
         done.images,
@@ -251,7 +195,7 @@ def _scored(settings: Settings, output: Output, done: _Done) -> Mapping[str, str
     return scores_rows(found)
 
 
-def _tell(settings: Settings, output: Output, done: _Done, scores: Mapping[str, str]) -> None:
+def _tell(settings: Settings, output: Output, done: Done, scores: Mapping[str, str]) -> None:
     """Write the run's page, and in a folder a model card."""
     data, result = settings.data, done.result
     facts = {

@@ -237,3 +237,19 @@ def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
     finally:
         for layer, disabled in before:
             layer._disable_adapters = disabled
+
+
+@contextmanager
+def only_active(layers: Iterable[BaseTunerLayer], adapter_names: list[str]) -> Iterator[None]:
+    """Let these be the active adapters of PEFT's layers for a while.
+
+    Their own `set_adapter` also takes the factors of others out of the training.
+    """
+    before = [(layer, layer._active_adapter) for layer in layers]
+    for layer, _ in before:
+        layer._active_adapter = adapter_names
+    try:
+        yield
+    finally:
+        for layer, active in before:
+            layer._active_adapter = active
