@@ -6,7 +6,7 @@ flag are answered at once; their imports stand inside the commands.
 
 import typer
 
-from . import evaluate, files, generate, params, train
+from . import evaluate, files, generate, params, train, train_many
 from .commands import Commands, QuietCommand
 
 __all__ = ["Commands", "app"]
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 for _command in (
     train.train,
+    train_many.train_many,
     generate.generate,
     evaluate.evaluate,
     params.params,

@@ -57,3 +57,28 @@ def class_images_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar for `run`'s `on_class_image`: how many class images there are, and time left."""
     with progress("Class images", MofNCompleteColumn(), TextColumn("left"), total=None) as show:
         yield lambda done, count: show(completed=done, total=count)
+
+
+@contextmanager
+def subjects_progress(
+    count: int,
+) -> Iterator[tuple[Callable[[str, TrainingStep], None], Callable[[str], None]]]:
+    """A bar for `train_many`'s `on_step` and `on_end`: how many subjects are done, and how far the others are."""
+    status: dict[str, str] = {}
+    ended: list[str] = []
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TextColumn("left"))
+    with progress("Subjects", *columns, total=None, status="") as show:
+
+        def shown() -> None:
+            show(completed=len(ended), total=count, status="  ".join(status.values()))
+
+        def on_step(name: str, done: TrainingStep) -> None:
+            status[name] = f"{name} {done.step}/{done.steps} loss {done.average:.4f}"
+            shown()
+
+        def on_end(name: str) -> None:
+            status.pop(name, None)
+            ended.append(name)
+            shown()
+
+        yield on_step, on_end
