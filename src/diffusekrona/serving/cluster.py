@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def connected(address: str) -> Iterator[Any]:
     except ImportError as error:
         raise KronAError("Ray is not installed: pip install 'diffusekrona[serve]'.") from error
     check_reachable(address)
-    ray.init(address, include_dashboard=False if address == LOCAL else None, logging_level="warning")
+    ray.init(address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING)
     try:
         yield ray
     finally:
