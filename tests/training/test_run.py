@@ -298,9 +298,9 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
             "could not be pushed to me/toy",
         ),
         ("diffusekrona.training.run.run_page", {}, "report could not be written"),
-        ("diffusekrona.training.run.Validation.draw", {"validation_prompt": ["a toy"]}, "could not be drawn"),
-        ("diffusekrona.training.run.Trackers.step", {}, "could not be written down; the training goes on"),
-        ("diffusekrona.training.run.Trackers.close", {}, "could not be written to its end"),
+        ("diffusekrona.training.observers.Validation.draw", {"validation_prompt": ["a toy"]}, "could not be drawn"),
+        ("diffusekrona.training.observers.Trackers.step", {}, "could not be written down; the training goes on"),
+        ("diffusekrona.training.observers.Trackers.close", {}, "could not be written to its end"),
     ],
     ids=["push", "page", "draw", "step", "close"],
 )
