@@ -57,5 +57,5 @@ def check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise KronAError(
-            f"No Ray cluster answers at {address}: {error}. Start one with `ray start --head`, or check the address."
+            f"No Ray cluster answers at {address}: {error}. Start Ray there, or check the address."
         ) from error

@@ -94,6 +94,7 @@ class Batches:
         more_prompts: Sequence[str] = (),
     ) -> None:
         self._family, self._images, self._config, self._accelerator = family, images, config, accelerator
+        self._dtype = family.dtype  # it takes as long as a small step to find out
         device = accelerator.device
         self._objective = objective_of(
             pipe.scheduler, device, snr_gamma=config.snr_gamma, weighting=config.loss_weighting
@@ -158,7 +159,7 @@ class Batches:
             latents,
             noise,
             levels,
-            self._objective.add_noise(latents, noise, levels).to(self._family.dtype),
+            self._objective.add_noise(latents, noise, levels).to(self._dtype),
             self._objective.timesteps(levels),
             [one.wording if prompt is None else prompt for one in drawn],
             torch.tensor([one.image.sizes for one in drawn], dtype=torch.float32, device=device),

@@ -186,7 +186,7 @@ class Texts:
         keep: Keep = "memory",
         folder: Path | None = None,
     ) -> None:
-        self._family, self._device, self._trained = family, device, trained
+        self._family, self._device, self._trained, self._dtype = family, device, trained, family.dtype
         model = fingerprint(encoders) if keep == "disk" and not trained else ""
         keep = "none" if trained else keep
         texts = list(dict.fromkeys(prompts))
@@ -208,7 +208,7 @@ class Texts:
             each = [self._encoded[prompt] for prompt in distinct]
             tensors = {name: _stacked([one[name] for one in each]).to(self._device) for name in each[0]}
         rows = [distinct.index(prompt) for prompt in prompts]
-        return {name: _as(tensor, self._family.dtype)[rows] for name, tensor in tensors.items()}
+        return {name: _as(tensor, self._dtype)[rows] for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +59,7 @@ class Family(ABC):
         """The UNet or transformer."""
         return getattr(self.pipe, self.PART)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """That most of the denoiser's frozen weights have, which it is given latents in; packed ones do not count."""
         return _commonest_dtype(self.denoiser)
