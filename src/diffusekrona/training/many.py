@@ -260,7 +260,6 @@ class _Session:
             except (KronAError, OSError) as error:
                 return Ended(subject.name, "set aside", str(error))
             self._active[-1].borrowed = borrowed.pop_all()
-        self._train_only_members()
         return None
 
     def _prepared(self, subject: Subject, borrowed: ExitStack) -> _Active:
@@ -300,13 +299,6 @@ class _Session:
         borrowed.callback(observers.close)
         member = Member(krona, state, accelerator)
         return _Active(subject, output, member, observers, images, borrowed, time.monotonic())
-
-    def _train_only_members(self) -> None:
-        """Let all members' factors, which adding another froze, take part in the training again."""
-        self._family.denoiser.to(self._accelerator.device)
-        for active in self._active:
-            for factor in active.member.state.parameters.values():
-                factor.requires_grad_(True)
 
     def _step(self, on_step: Callable[[str, TrainingStep], None] | None) -> Iterator[_End]:
         """A step of each subject that takes part."""
@@ -358,7 +350,6 @@ class _Session:
     def _leave(self, active: _Active) -> None:
         self._active.remove(active)
         active.borrowed.close()
-        self._train_only_members()
 
     def _stopped(self) -> TrainingInterrupted:
         """Save what each subject is so far."""
