@@ -41,8 +41,8 @@ class Case:
 
 
 CASES = (
-    Case("the small base", 30, 5, {"a1": 2, "a2": 4}),
-    Case("SDXL's layers", 4, 3, {"a1": 4, "a2": 64, "resolution": 256, "mixed_precision": "bf16", "cache": "memory"}),
+    Case("the small base", 30, 3, {"a1": 2, "a2": 4}),
+    Case("SDXL's layers", 4, 2, {"a1": 4, "a2": 64, "resolution": 256, "mixed_precision": "bf16", "cache": "memory"}),
 )
 
 

@@ -85,7 +85,7 @@ def random_colour(rng: np.random.Generator) -> list[float]:
 
 
 def weights(x: Tensor) -> Tensor:
-    """Weight of each pixel, (n, 1, 128, 128), mean 1: drawings count more than the flat colour of the corner."""
+    """Weight of each pixel, (n, 1, height, width), mean 1: drawings count more than the flat colour of the corner."""
     drawn = ((x - x[:, :, :1, :1]).abs() > 0.05).any(1, keepdim=True)
     weight = torch.where(drawn, DRAWING_WEIGHT, 1.0)
     return weight / weight.mean()
