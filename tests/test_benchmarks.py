@@ -23,6 +23,22 @@ def test_a_dry_run_measures_all_methods_and_writes_nothing(benchmark):
     assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
 
 
+def test_merging_is_measured_by_what_it_keeps_and_says_what_comes_back():
+    before = {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
+    command = [sys.executable, "-m", "benchmarks.merging", "--dry-run", "--rounds", "1", "--cpu-time"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for dtype in table.split("## ")[1:]:
+        rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in dtype.splitlines() if "4" in line}
+        kept, wrong = ({name: row[column] for name, row in rows.items()} for column in (-2, -1))
+        exact, copied, added, lora = (name for name in rows if "exact=" in name or "LoRA" in name)
+        assert kept[copied] == "100.0%"
+        assert 0 < float(kept[exact].strip("%")) < 15
+        assert kept[added] == kept[lora] == "0.0%"
+        assert wrong[exact] == wrong[copied] == "0.00%"
+        assert float(wrong[added].strip("%")) > 1
+    assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+
+
 @pytest.mark.parametrize("kind", PACKAGES)
 def test_methods_are_measured_over_the_same_quantized_layer(kind):
     pytest.importorskip(PACKAGES[kind])

@@ -38,7 +38,7 @@ a subtraction and right to rounding only."""
 
 MERGEABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CHUNK_ENTRIES = 1 << 20
+_CHUNK_ENTRIES = 1 << 19
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
