@@ -38,7 +38,8 @@ def linear_with_kron(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    flat = [factor for pair in factors for factor in pair]
+    # Cast here and not in the step, whose backward pass would have to do so again.
+    flat = [factor.to(x.dtype) for pair in factors for factor in pair]
     # torch.compile fails on autograd functions where no gradients are recorded.
     compute = LinearWithKron.apply if torch.is_grad_enabled() else _linear_with_kron
     y: Tensor = compute(x, weight, bias, *flat)
@@ -264,7 +265,7 @@ def _backward_b_first(
 
 def _narrow_product(P: Tensor, Q: Tensor) -> Tensor:
     """PQ. CPUs multiply by a matrix of fewer columns than a vector register takes faster if it lies in columns."""
-    return functional.linear(P, Q.T.contiguous()) if Q.shape[1] < 16 else P @ Q
+    return functional.linear(P, Q.T.contiguous()) if Q.is_cpu and Q.shape[1] < 16 else P @ Q
 
 
 def _sum_of_products(P: Tensor, Q: Tensor) -> Tensor:
