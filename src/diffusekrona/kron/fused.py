@@ -232,10 +232,9 @@ def _backward_a_first(
     if want_b and x is not None:
         if AX is None:
             AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
-        if gy.is_cpu and gy.dtype in (torch.bfloat16, torch.float16):  # where one product beats a few
-            gB = GY.T @ AX.view(n * a1, b2)
-        else:
-            gB = torch.bmm(AX.permute(1, 2, 0), gy.view(n, a1, b1).transpose(0, 1)).sum(0).T
+        AX = AX.view(n * a1, b2)
+        # The second is faster, and the first spares a copy after autograd's cast.
+        gB = GY.T @ AX if gy.dtype in (torch.bfloat16, torch.float16) else (AX.T @ GY).T
     return gA, gB
 
 
