@@ -115,7 +115,9 @@ def steps(methods: Mapping[str, Method], shape: Shape) -> dict[str, Step]:
     return found
 
 
-def timed_in_turns(actions: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def timed_in_turns(
+    actions: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each action in each round; within a round they run once each, in random order."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     order, shuffle = list(actions), random.Random(0)
@@ -124,9 +126,9 @@ def timed_in_turns(actions: Mapping[str, Callable[[], None]], rounds: int) -> di
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            began = time.perf_counter()
+            began = clock()
             actions[name]()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from diffusekrona import KronALayer
 from diffusekrona.kron.products import kron_linear_b_first
+from diffusekrona.kron.shapes import lokr_shapes
 
 Method = Callable[[nn.Linear], nn.Module]
 
@@ -95,6 +96,53 @@ def b_first(a1: int, a2: int) -> Method:
     """The products in the other order, in plain PyTorch."""
     return lambda base: _FromFactors(base, a1, a2, kron_linear_b_first)
 
+
+Factors = tuple[int, int] | int
+"""(a1, a2), or LoKr's factor, from which each layer has its own."""
+
+
+def of_layer(base: nn.Linear, factors: Factors) -> tuple[int, int]:
+    """(a1, a2) for one layer."""
+    return lokr_shapes(base.out_features, base.in_features, factors)[:2] if isinstance(factors, int) else factors
+
+
+def krona_of(factors: Factors) -> Method:
+    """Ours."""
+    return lambda base: krona(*of_layer(base, factors))(base)
+
+
+def one_einsum(factors: Factors) -> Method:
+    """OneTrainer's order of operations: one einsum of three operands, a multiplication and a sum."""
+
+    def delta(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        X = x.unflatten(-1, (A.shape[1], B.shape[1]))
+        return torch.einsum("...jl,ij,kl->...ik", X, A, B).flatten(-2) * SCALE
+
+    return lambda base: _FromFactors(base, *of_layer(base, factors), delta)
+
+
+def always_b_first(factors: Factors) -> Method:
+    """ai-toolkit's order of operations: B, then A, a multiplication and a sum."""
+    return lambda base: _FromFactors(
+        base, *of_layer(base, factors), lambda x, A, B: kron_linear_b_first(x, A, B) * SCALE
+    )
+
+
+SCALE = 0.5
+"""Theirs are alpha / rank, multiplied whatever it is."""
+
+FACTORS: dict[str, Factors] = {"(4, 64)": (4, 64), "(8, 8)": (8, 8), "factor -1": -1}
+WAYS: dict[str, Callable[[Factors], Method]] = {
+    "KronA": krona_of,
+    "OneTrainer's order": one_einsum,
+    "ai-toolkit's order": always_b_first,
+}
+TODAY: dict[str, Method] = {
+    "frozen base": frozen,
+    "PEFT LoRA r=4": peft_lora(4),
+    **{f"{way}, {name}": made(factors) for name, factors in FACTORS.items() for way, made in WAYS.items()},
+}
+"""The steps of today's programs that build no ΔW, each at the same factors."""
 
 METHODS: dict[str, Method] = {
     "frozen base": frozen,

@@ -5,7 +5,8 @@ klein 4B at 512², whose single blocks have them fused with the feed-forward lay
 forward and backward, the input asking for its gradient as it does inside a network. All methods take turns in every
 round, in random order; a ratio is the median over the rounds of one method's time over the frozen layer's in the same
 round. "Saved" are the bytes kept for the backward pass, "peak" the most that is allocated at once, parameters left out
-of both. Writes `benchmarks/results/speed.md`, `.json` and `.png`.
+of both. What a method adds is that ratio minus one: `--today` measures just this for SDXL's layers, beside the order of
+operations of the programs that build no ΔW. Writes `benchmarks/results/speed.md`, `.json` and `.png`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import platform
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from matplotlib.figure import Figure
 
 from . import prediction
 from .measuring import Shape, median_ratio, steps, timed_in_turns
-from .methods import METHODS
+from .methods import FACTORS, METHODS, TODAY, WAYS
 
 RESULTS = Path(__file__).parent / "results"
 SDXL = (
@@ -137,6 +139,7 @@ def report(measured: dict[str, Any]) -> list[str]:
         lines += ["", f"## {model}", "", measured["conditions"][model], "", *mix_table(found), "", *shape_table(found)]
     ratios = {Shape(**f["shape"]): f["ratio"] for found in groups.values() for f in found}
     balance = prediction.fitted_balance(ratios)
+    lines += ["", "## What each adds to SDXL's layers, beside today's programs", "", *today_table(measured)]
     lines += ["", "## What is counted", "", *prediction.counts_table(ratios)]
     lines += ["", "## What counting predicts", "", *prediction.table(ratios, balance)]
     prediction.draw(ratios, balance, RESULTS / "prediction.png")
@@ -157,18 +160,54 @@ def measured_models(models: list[str], rounds: int, before: dict[str, Any]) -> d
     return {"groups": groups, "conditions": conditions}
 
 
+def measured_today(rounds: int, cpu_time: bool) -> dict[str, Any]:
+    """Ours and today's programs' steps on SDXL's layers."""
+    clock, of = (time.process_time, "processor time") if cpu_time else (time.perf_counter, "time by the clock")
+    found = []
+    for shape in SDXL:
+        seconds = timed_in_turns(steps(TODAY, shape), rounds, clock)
+        found.append(
+            {
+                "shape": shape.__dict__,
+                "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+                "ratio": {name: median_ratio(times, seconds[FLOOR]) for name, times in seconds.items()},
+            }
+        )
+    return {"found": found, "conditions": f"{torch.get_num_threads()} threads, {rounds} rounds, {of}."}
+
+
+def today_table(measured: dict[str, Any]) -> list[str]:
+    """Added cost beside added cost."""
+    added = {name: ratio - 1 for name, ratio in mixed_ratio(measured["today"]["found"]).items()}
+    ours, *others = WAYS
+    columns = ["added / frozen step", ours, "PEFT LoRA r=4", *others, "ours / LoRA's", "ours / the others' least"]
+    lines = [measured["today"]["conditions"], "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in FACTORS:
+        mine, lora = added[f"{ours}, {name}"], added["PEFT LoRA r=4"]
+        peers = [added[f"{way}, {name}"] for way in others]
+        cells = [mine, lora, *peers, mine / lora, mine / min(peers)]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return lines
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", choices=MODELS, action="append", help="measure only this one, and keep the others")
+    parser.add_argument("--today", action="store_true", help="measure just the steps of today's programs")
+    parser.add_argument("--cpu-time", action="store_true", help="of these, the processor's time")
     parser.add_argument("--tables-only", action="store_true", help="write the tables again from the last measurements")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     stored = RESULTS / "speed.json"
-    measured = json.loads(stored.read_text(encoding="utf-8")) if arguments.tables_only or arguments.model else {}
+    some = arguments.tables_only or arguments.model or arguments.today
+    measured = json.loads(stored.read_text(encoding="utf-8")) if some else {}
     if not arguments.tables_only:
-        measured = {**measured, **measured_models(arguments.model or list(MODELS), arguments.rounds, measured)}
+        if arguments.model or not some:
+            measured |= measured_models(arguments.model or list(MODELS), arguments.rounds, measured)
+        if arguments.today or not some:
+            measured["today"] = measured_today(arguments.rounds, arguments.cpu_time)
         stored.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(report(measured))
     print(text)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .files.formats.krona import SavedAdapter
 from .files.read import read_adapters
 from .files.unused import AlphaOfWhole, OnUnused, Reading
 from .files.write import check_format, write
+from .kron.exact import Keep
 from .storage import resolve
 from .tuner.compat import NoMatchingPeftModuleError
 from .tuner.components import (
@@ -44,6 +45,7 @@ from .tuner.injected import (
     undone_on_error,
 )
 from .tuner.layer import KronALayer
+from .tuner.memory import has_room_for_copies
 from .tuner.merged import check_in_memory
 from .tuner.model import KronAModel
 from .tuner.names import factor_name, in_component, is_denoiser, layer_of, unwrapped_name
@@ -247,18 +249,34 @@ def _wanted(components: Iterable[str] | None, found: Mapping[str, nn.Module]) ->
     return wanted
 
 
-def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> None:
+Exact = Literal["copy"] | bool
+
+_KEPT: dict[Exact, Keep] = {True: "entries", "copy": "copy", False: "nothing"}
+
+
+def merge_krona(model: Any, adapter_names: str | list[str] | None = None, *, exact: Exact = True) -> None:
     """Fold s · A ⊗ B into the frozen weights, in place; generating then costs what the base model costs.
 
     Args:
         model: the pipeline or module that holds the adapters.
         adapter_names: which adapters, each with its weight as set by `pipe.set_adapters`; by default the
             active ones.
+        exact: what unmerging gives back. True is every bit, for which the weights are kept that a subtraction would
+            not bring back. "copy" is every bit, too, out of a copy of the weights; where a device has not twice the
+            memory that this takes, it is the same as True. False is the weights to rounding: merging is an addition,
+            unmerging subtracts, and warns. The merged weights are the same bits whatever it is, and quantized weights
+            come back exactly whatever it is.
 
     Raises:
-        MergeError: some weight would not be finite, or is quantized. Nothing has changed then.
+        ConfigError: `exact` is none of these.
+        MergeError: some weight would not be finite, or is quantized in a format that cannot be written back; or it
+            holds adapters that were merged with False, and now it is not, or the other way round. Nothing has changed
+            then.
         AdapterNameError: no adapter has one of the names, or there is none at all.
     """
+    if exact not in _KEPT:
+        raise ConfigError(f'exact must be True, "copy" or False; it is {exact!r}.')
+    keep = _KEPT[exact]
     components = adaptable_components(model)
     names = _known(components, adapter_names)
     layers = _layers(components)
@@ -266,12 +284,17 @@ def merge_krona(model: Any, adapter_names: str | list[str] | None = None) -> Non
         raise AdapterNameError("There is no KronA adapter to merge; add one with inject_krona or load_krona.")
     for component in components.values():
         check_in_memory(component)
-    for layer, terms in terms_to_merge(layers, names):
-        layer.set_merged(terms)
+    planned = terms_to_merge(layers, names, keep)
+    if keep == "copy" and not has_room_for_copies(layer for layer, _ in planned):
+        keep = "entries"
+    for layer, terms in planned:
+        layer.set_merged(terms, keep)
 
 
 def unmerge_krona(model: Any, adapter_names: str | list[str] | None = None) -> None:
     """Take merged adapters, by default all, out of the weights; with none left these are as before, bitwise.
+
+    To rounding, and with a warning, where they were merged with `exact=False`.
 
     Raises:
         MergeError: the weights were cast to another dtype while merged. Nothing has changed then.
@@ -300,7 +323,7 @@ def unmerge_krona(model: Any, adapter_names: str | list[str] | None = None) -> N
 def unload_krona(model: Any, adapter_name: str | None = None) -> None:
     """Remove an adapter, or every KronA adapter, and leave the pipeline as if it had never been there.
 
-    Merged adapters are unmerged first, bit for bit. To keep the merged weights and drop the factors, use
+    Merged adapters are unmerged first, as by `unmerge_krona`. To keep the merged weights and drop the factors, use
     Diffusers' `pipe.unload_lora_weights()` or PEFT's `merge_and_unload()` instead.
 
     Raises:

@@ -140,6 +140,49 @@ def test_merging_rounds_the_sum_once_and_unmerging_gives_back_every_bit(merge, e
 
 
 @many
+@given(merge=merges(), entries=chunk_sizes, keep=st.sampled_from(["entries", "copy", "nothing"]))
+def test_merging_gives_the_same_bits_whatever_it_keeps(merge, entries, keep):
+    weight, terms = merge
+    before, memory = weight.clone(), (weight.data_ptr(), weight.stride())
+    with chunks_of(entries):
+        restoration = merge_(weight, terms, keep)
+        assert same_bits(weight, rounded_sum(before, terms))
+        assert restoration.keep == keep
+        assert keep == "entries" or restoration.nbytes == (weight.nbytes if keep == "copy" else 0)
+        unmerge_(weight, terms, restoration)
+    if keep != "nothing":
+        assert same_bits(weight, before)
+    assert (weight.data_ptr(), weight.stride()) == memory
+
+
+@many
+@given(merge=merges(), entries=chunk_sizes)
+def test_what_was_merged_without_keeping_anything_comes_out_to_rounding(merge, entries):
+    weight, terms = merge
+    before, dtype = weight.double(), weight.dtype
+    deltas = [dense(Term(A.double(), B.double(), layout)) for A, B, layout in terms]
+    merged = before + sum(deltas)
+    largest = before.abs() + sum(delta.abs() for delta in deltas)
+    with chunks_of(entries):
+        unmerge_(weight, terms, merge_(weight, terms, "nothing"))
+    two_roundings = torch.finfo(dtype).eps * (merged.abs() + before.abs())
+    arithmetic = 4 * (len(terms) + 2) * torch.finfo(arithmetic_dtype(dtype)).eps * largest
+    smallest = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert bool(((weight.double() - before).abs() <= two_roundings + arithmetic + smallest).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("entries", [0, 1, 8, 63, 64, 1000, 4096])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05, 0.5, 1.0])
+def test_the_search_finds_what_is_not_zero_in_order(dtype, entries, share):
+    generator = torch.Generator().manual_seed(0)
+    differs = torch.randint(-(1 << 14), 1 << 14, (entries,), generator=generator).to(dtype) * 2 + 1
+    differs[torch.rand(entries, generator=generator) >= share] = 0
+    found = exact._where(differs, torch.ones(entries, dtype=torch.bool))
+    assert torch.equal(found, differs.nonzero().squeeze(-1))
+
+
+@many
 @given(merge=merges(), entries=chunk_sizes)
 def test_folding_gives_the_same_bits_as_merging(merge, entries):
     weight, terms = merge

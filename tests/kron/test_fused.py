@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.methods import METHODS
 from diffusekrona import KronALayer
 from diffusekrona.kron.costs import cheapest_order, krona_multiply_adds
 from diffusekrona.kron.fused import linear_with_kron
@@ -171,6 +172,44 @@ def test_neither_direction_ever_builds_the_dense_product(shapes):
     with LargestTensor(apart_from=weight) as largest:
         outputs_and_gradients(lambda x, A, B: fused(x, weight, None, A, B), inputs, output_gradient)
     assert 0 < largest.elements < shapes.d * shapes.h
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute or copy something: what a GPU launches a kernel for."""
+
+    FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided", "detach", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.overloadpacket.__name__ in self.FREE)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(method: str, dtype: torch.dtype, d: int, h: int) -> int:
+    """Of a step, forward and backward, of a layer of this dtype with factors in fp32."""
+    layer = METHODS[method](nn.Linear(h, d, bias=False, dtype=dtype).requires_grad_(False))
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    x, gy = torch.randn(2, 32, h, dtype=dtype, requires_grad=True), torch.randn(2, 32, d, dtype=dtype)
+    with Launches() as counted:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(x)
+        y.backward(gy)
+    assert x.grad is not None
+    return counted.count
+
+
+@pytest.mark.parametrize("method", ["KronA (4, 64)", "KronA (8, 8)"])
+@pytest.mark.parametrize(("d", "h"), [(1280, 1280), (640, 2048)])
+def test_a_step_launches_no_more_operations_than_loras(method, d, h):
+    lora = {dtype: launches("PEFT LoRA r=4", dtype, d, h) for dtype in (torch.float32, torch.bfloat16)}
+    assert lora == {torch.float32: 12, torch.bfloat16: 20}
+    assert launches(method, torch.float32, d, h) <= 12
+    assert launches(method, torch.bfloat16, d, h) <= 14
 
 
 def merges(dtype: torch.dtype = torch.float32, tokens: int = 100) -> bool:

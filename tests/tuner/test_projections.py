@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -135,6 +137,47 @@ def test_what_was_merged_before_fusing_comes_out_after_it(kind, tmp_path):
     assert_gives(model, adapted)
     unload_krona(model)
     assert_gives(model, base)
+
+
+@KINDS
+@pytest.mark.parametrize("exact", ["copy", False])
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_fused_rows_come_back_in_the_way_that_was_asked_for(kind, exact, fused_first, tmp_path):
+    model = model_of(kind)
+    path = saved(kind, tmp_path)[0]
+    if fused_first:
+        model.fuse_qkv_projections()
+    load_krona(model, path)
+    before, unmerged = bits(model), output(model)
+    merge_krona(model, exact=exact)
+    if not fused_first:
+        model.fuse_qkv_projections()
+    assert_gives(model, unmerged)
+    rows = [layer.fused_rows for layer in krona_layers(model).values() if layer.fused_rows is not None]
+    assert rows
+    assert {one._merged.keep for one in rows} == {"copy" if exact else "nothing"}
+    with nullcontext() if exact else pytest.warns(UserWarning, match="not bit for bit"):
+        unmerge_krona(model)
+    assert_gives(model, unmerged)
+    if exact and fused_first:
+        assert bits(model) == before
+
+
+@pytest.mark.parametrize("exact", [True, "copy", False])
+def test_what_is_merged_into_the_whole_keeps_its_way_when_its_parts_change(exact, tmp_path):
+    model = model_of("sd3")
+    model.fuse_qkv_projections()
+    inject_krona(model, config(target_modules=r".*\.to_qkv"), "whole")
+    inject_krona(model, config(target_modules=r".*attn\.to_q"), "part")
+    whole = [layer for name, layer in krona_layers(model).items() if name.endswith("to_qkv")]
+    assert whole
+    merge_krona(model, "whole", exact=exact)
+    kept = {layer.kept for layer in whole}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exact=False")
+        merge_krona(model, "part", exact=exact)
+        assert {layer.kept for layer in whole} == kept
+        assert all(layer.merged_adapters == ["whole"] for layer in whole)
 
 
 def test_unloading_leaves_a_fused_model_as_it_was(tmp_path):

@@ -1,5 +1,6 @@
 """Adapters on quantized bases: training, merging where the format can be written back, and refusals."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -247,6 +248,24 @@ def test_a_merged_layer_computes_the_sum_to_its_formats_precision_and_unmerging_
     torch.testing.assert_close(model(x()), unmerged)
     unload_krona(model)
     torch.testing.assert_close(model(x()), bare)
+
+
+@every_format
+@pytest.mark.parametrize("exact", ["copy", False])
+def test_a_quantized_weight_comes_back_exactly_whatever_was_asked_for(build, exact):
+    model = adapted(build)
+    unmerged, before = model(x()), stored(model)
+    merge_krona(model)
+    expected = model(x())
+    unmerge_krona(model)
+    merge_krona(model, exact=exact)
+    torch.testing.assert_close(model(x()), expected, rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*exact=False")
+        unmerge_krona(model)
+    after = stored(model)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(after, before, strict=True))
+    torch.testing.assert_close(model(x()), unmerged)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,7 +58,7 @@ def linear_with_krons(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    flat = [factor for pair in factors for factor in pair]
+    flat = [factor.to(x.dtype) for pair in factors for factor in pair]  # for both directions
     if not torch.is_grad_enabled():
         return _forward(x.contiguous(), weight, bias, in_pairs(flat, x.dtype), parts)
     y: Tensor = LinearWithKrons.apply(x, weight, bias, tuple(parts), *flat)

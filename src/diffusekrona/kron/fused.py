@@ -38,7 +38,8 @@ def linear_with_kron(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    flat = [factor for pair in factors for factor in pair]
+    # Cast here and not in the step, whose backward pass would have to do so again.
+    flat = [factor.to(x.dtype) for pair in factors for factor in pair]
     # torch.compile fails on autograd functions where no gradients are recorded.
     compute = LinearWithKron.apply if torch.is_grad_enabled() else _linear_with_kron
     y: Tensor = compute(x, weight, bias, *flat)
@@ -231,10 +232,9 @@ def _backward_a_first(
     if want_b and x is not None:
         if AX is None:
             AX = torch.bmm(A.expand(n, -1, -1), x.view(n, a2, b2))
-        if gy.is_cpu and gy.dtype in (torch.bfloat16, torch.float16):  # where one product beats a few
-            gB = GY.T @ AX.view(n * a1, b2)
-        else:
-            gB = torch.bmm(AX.permute(1, 2, 0), gy.view(n, a1, b1).transpose(0, 1)).sum(0).T
+        AX = AX.view(n * a1, b2)
+        # The second is faster, and the first spares a copy after autograd's cast.
+        gB = GY.T @ AX if gy.dtype in (torch.bfloat16, torch.float16) else (AX.T @ GY).T
     return gA, gB
 
 
@@ -264,7 +264,7 @@ def _backward_b_first(
 
 def _narrow_product(P: Tensor, Q: Tensor) -> Tensor:
     """PQ. CPUs multiply by a matrix of fewer columns than a vector register takes faster if it lies in columns."""
-    return functional.linear(P, Q.T.contiguous()) if Q.shape[1] < 16 else P @ Q
+    return functional.linear(P, Q.T.contiguous()) if Q.is_cpu and Q.shape[1] < 16 else P @ Q
 
 
 def _sum_of_products(P: Tensor, Q: Tensor) -> Tensor:

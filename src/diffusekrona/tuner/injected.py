@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import BatchError, MergeError
-from ..kron.exact import Term
+from ..kron.exact import Keep, Term
 from .batch import Batch
 from .batched import BatchedLayer, CompiledBatchedLayer
 from .compat import ADAPTED, BaseTunerLayer, ModulesToSaveWrapper
@@ -44,9 +44,14 @@ def adapter_tensors(model: nn.Module, adapter_name: str, *, here: bool = False) 
 
 
 def terms_to_merge(
-    layers: Mapping[str, KronALayer], adapter_names: list[str] | None
+    layers: Mapping[str, KronALayer], adapter_names: list[str] | None, keep: Keep | None = None
 ) -> list[tuple[KronALayer, dict[str, list[Term]]]]:
     """What merging these adapters, or each layer's active ones, would put into each layer's weight.
+
+    Args:
+        layers: by name.
+        adapter_names: which adapters; None for the active ones.
+        keep: as in `KronALayer.check_mergeable`.
 
     Raises:
         MergeError: some layer cannot take it; none has changed.
@@ -55,7 +60,7 @@ def terms_to_merge(
     for name, layer in layers.items():
         terms = layer.merge_terms(layer.active_adapters if adapter_names is None else adapter_names)
         try:
-            layer.check_mergeable(terms)
+            layer.check_mergeable(terms, keep)
         except MergeError as error:
             raise MergeError(f"{name}: {error}. Nothing was merged.") from error
         planned.append((layer, terms))
@@ -109,7 +114,7 @@ def undone_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterator[
     trainable = [(parameter, parameter.requires_grad) for m in models for parameter in m.parameters()]
     active = [(module, module.active_adapters) for model in models for module in _switches(model)]
     # PEFT unmerges a model when it adds an adapter.
-    merged = [(layer, layer.merged_terms) for model in models for layer in krona_layers(model).values()]
+    merged = [(layer, layer.merged_terms, layer.kept) for model in models for layer in krona_layers(model).values()]
     try:
         yield
     except BaseException:
@@ -119,8 +124,8 @@ def undone_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterator[
             module.set_adapter(names)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
-        for layer, terms in merged:
-            layer.set_merged(terms)
+        for layer, terms, kept in merged:
+            layer.set_merged(terms, kept)
         raise
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FactorShapeError
-from ..kron.exact import MERGEABLE_DTYPES, Restoration, Term, arithmetic_dtype
+from ..kron.exact import MERGEABLE_DTYPES, Keep, Restoration, Term, arithmetic_dtype
 from ..kron.fused import frozen_with_kron, linear_with_kron
 from ..kron.products import dense_update, kron_conv2d, kron_linear, sum_of
 from ..kron.shapes import FactorShapes, Layout, UpdateShapes, factor_shapes, stacked, terms_of, update_shapes
@@ -36,13 +36,13 @@ class WeightCopy(Protocol):
     def linear(self) -> Any:
         """The layer that has the copy."""
 
-    def check(self, terms: Terms) -> None:
+    def check(self, terms: Terms, keep: Keep | None = None) -> None:
         """Raise `MergeError` if the copy cannot hold these terms."""
 
     def check_undoable(self) -> None:
         """Raise `MergeError` if the copy was cast while merged."""
 
-    def set(self, terms: Terms) -> None:
+    def set(self, terms: Terms, keep: Keep | None = None) -> None:
         """Make these terms those that the copy holds."""
 
     def fold(self, terms: Terms) -> None:
@@ -350,11 +350,14 @@ class KronALayer(nn.Module, BaseTunerLayer):
                 written back. Nothing has changed then.
         """
         terms = self.merge_terms(check_adapters_to_merge(self, adapter_names))
-        self.check_mergeable(terms)
-        self.set_merged(terms)
+        if terms.keys() != self.merged_terms.keys():
+            self.check_mergeable(terms, "entries")
+            self.set_merged(terms, "entries")
 
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Take the named merged adapters, or all, out of the base weight. Without any left it is what it was, bitwise.
+
+        To rounding, and with a warning, where `merge_krona(…, exact=False)` merged them.
 
         Raises:
             MergeError: the weight was cast to another dtype while merged.
@@ -398,12 +401,18 @@ class KronALayer(nn.Module, BaseTunerLayer):
             for A, B in self.factors(name)
         ]
 
-    def check_mergeable(self, terms: dict[str, list[Term]]) -> None:
-        """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing."""
+    def check_mergeable(self, terms: dict[str, list[Term]], keep: Keep | None = None) -> None:
+        """Raise `MergeError` if these terms cannot be folded into the base weight; changes nothing.
+
+        Args:
+            terms: all that the weight would hold.
+            keep: what would be kept to unmerge them, which must be exact if what is kept already is, and the other way
+                round; None for either.
+        """
         with onloaded(self):
-            self._weight.check(self.get_base_layer(), terms)
+            self._weight.check(self.get_base_layer(), terms, keep)
         if self.fused_rows is not None:
-            self.fused_rows.check(terms)
+            self.fused_rows.check(terms, keep)
 
     def check_unmergeable(self) -> None:
         """Raise `MergeError` if the weight was cast to another dtype while merged."""
@@ -411,12 +420,17 @@ class KronALayer(nn.Module, BaseTunerLayer):
         if self.fused_rows is not None:
             self.fused_rows.check_undoable()
 
-    def set_merged(self, terms: dict[str, list[Term]]) -> None:
-        """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds."""
+    def set_merged(self, terms: dict[str, list[Term]], keep: Keep | None = None) -> None:
+        """Make exactly these terms, which `check_mergeable` has passed, the ones that the base weight holds.
+
+        Args:
+            terms: all that the weight is to hold.
+            keep: what to keep to unmerge them; None for what is kept already, or else what makes it exact.
+        """
         with onloaded(self):
-            self._weight.set(self.get_base_layer(), terms)
+            self._weight.set(self.get_base_layer(), terms, keep)
         if self.fused_rows is not None:
-            self.fused_rows.set(terms)
+            self.fused_rows.set(terms, keep)
         self.merged_adapters = list(terms)
 
     def fold(self, terms: dict[str, list[Term]]) -> None:
@@ -438,8 +452,13 @@ class KronALayer(nn.Module, BaseTunerLayer):
 
     @property
     def restoration(self) -> Restoration | Original | None:
-        """What is kept to unmerge exactly; None while nothing is merged."""
+        """What is kept to unmerge; None while nothing is merged."""
         return self._weight.restoration
+
+    @property
+    def kept(self) -> Keep | None:
+        """Which of the ways to keep it that is; None also where the weight is quantized."""
+        return self._weight.keep
 
 
 class KronALinear(KronALayer):

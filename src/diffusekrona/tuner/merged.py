@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..kron.exact import Restoration, Term, check_mergeable, fold_, merge_, unmerge_
+from ..kron.exact import Keep, Restoration, Term, check_mergeable, fold_, merge_, subtract_, unmerge_
 from .compat import offload_folder
 from .quantized import Original, carrier, check_format, dequantized, is_quantized, put_back, replace
 
 Terms = dict[str, list[Term]]
 """Adapter name → the products that its update sums."""
+
+ROUNDED = (
+    "An adapter that was merged with exact=False is subtracted from the weights, which are now what they were to "
+    "rounding, not bit for bit."
+)
+"""Said where weights do not come back exactly."""
 
 
 class MergedWeight:
@@ -23,8 +30,8 @@ class MergedWeight:
 
     Attributes:
         terms: what the weight holds; empty while nothing is merged.
-        restoration: what is kept to take it out again exactly, of a quantized weight the old one; None while nothing
-            is merged.
+        restoration: what is kept to take it out again, of a quantized weight the old one; None while nothing is
+            merged.
     """
 
     def __init__(self) -> None:
@@ -37,9 +44,26 @@ class MergedWeight:
         other.terms, other.restoration = dict(self.terms), self.restoration
         return other
 
+    @property
+    def keep(self) -> Keep | None:
+        """What was kept when plain numbers were merged into; None while nothing is merged, or a weight is quantized."""
+        return self.restoration.keep if isinstance(self.restoration, Restoration) else None
+
     @torch.no_grad()
-    def check(self, base: nn.Module, terms: Terms) -> None:
-        """Raise `MergeError` if the base's weight cannot hold these terms; changes nothing."""
+    def check(self, base: nn.Module, terms: Terms, keep: Keep | None = None) -> None:
+        """Raise `MergeError` if the base's weight cannot hold these terms; changes nothing.
+
+        Args:
+            base: the layer.
+            terms: all that it would hold.
+            keep: what would be kept; None for whatever is.
+        """
+        if None not in (keep, self.keep) and (keep == "nothing") != (self.keep == "nothing"):
+            before, now = ("without", "with") if self.keep == "nothing" else ("with", "without")
+            raise MergeError(
+                f"{', '.join(self.terms)} is merged into it {before} what an exact unmerge needs, and now it would be "
+                f"{now}; unmerge first, or merge with the same exact"
+            )
         if terms.keys() == self.terms.keys():
             return
         _check_format(base)
@@ -68,8 +92,14 @@ class MergedWeight:
             )
 
     @torch.no_grad()
-    def set(self, base: nn.Module, terms: Terms) -> None:
+    def set(self, base: nn.Module, terms: Terms, keep: Keep | None = None) -> None:
         """Make exactly these terms, which `check` has passed, the ones that the base's weight holds.
+
+        Args:
+            base: the layer.
+            terms: all that it is to hold.
+            keep: what to keep; None for what is kept already, by default what makes unmerging exact. Of a quantized
+                weight, the old one is kept whatever it is.
 
         Raises:
             MergeError: as in `check_undoable`.
@@ -77,6 +107,10 @@ class MergedWeight:
         if terms.keys() == self.terms.keys():
             return
         self.check_undoable(base)
+        keep = keep or self.keep or "entries"
+        if self.keep == "nothing":
+            self._exchange(base, terms)
+            return
         if isinstance(self.restoration, Original):
             put_back(base, self.restoration)
         elif self.restoration is not None:
@@ -87,13 +121,27 @@ class MergedWeight:
             self.restoration = _replace(base, terms)
         elif terms:
             with _changed(base) as weight:
-                self.restoration = merge_(weight, _all(terms))
+                self.restoration = merge_(weight, _all(terms), keep)
         self.terms = terms
+
+    def _exchange(self, base: nn.Module, terms: Terms) -> None:
+        """`set` where nothing was kept: what is no longer wanted is subtracted, and what is new added."""
+        gone = {name: own for name, own in self.terms.items() if name not in terms}
+        new = {name: own for name, own in terms.items() if name not in self.terms}
+        with _changed(base) as weight:
+            if gone:
+                warnings.warn(ROUNDED, stacklevel=2)
+                subtract_(weight, _all(gone))
+            if new:
+                fold_(weight, _all(new))
+        self.terms, self.restoration = terms, self.restoration if terms else None
 
     @torch.no_grad()
     def fold(self, base: nn.Module, terms: Terms) -> None:
         """`set` for good: keeps nothing that could undo it, which is several times faster."""
-        if terms.keys() != self.terms.keys():
+        if self.keep == "nothing":
+            self.set(base, terms)
+        elif terms.keys() != self.terms.keys():
             self.set(base, {})
             if is_quantized(base):
                 _replace(base, terms)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import KronAError, MergeError
+from ..kron.exact import Keep
 from .compat import BaseTunerLayer
 from .layer import KronALayer, krona_layer_in
 from .merged import MergedWeight, Terms
@@ -71,28 +72,29 @@ class FusedRows:
         for handle in self._handles:
             handle.remove()
 
-    def check(self, terms: Terms) -> None:
+    def check(self, terms: Terms, keep: Keep | None = None) -> None:
         """Raise `MergeError` if these rows cannot hold these terms."""
         if self._is_there():
-            self._merged.check(self._rows(), terms)
+            self._merged.check(self._rows(), terms, keep)
 
     def check_undoable(self) -> None:
         """Raise `MergeError` if these rows were cast while merged."""
         if self._is_there():
             self._merged.check_undoable(self._rows())
 
-    def set(self, terms: Terms) -> None:
+    def set(self, terms: Terms, keep: Keep | None = None) -> None:
         """Make these terms those that the rows hold."""
         if not self._is_there() or terms.keys() == self._merged.terms.keys():
             return
         # What is merged into the whole comes last, as it can be taken out exactly only then.
         on_whole = krona_layer_in(self.fused())
         of_whole = dict(on_whole.merged_terms) if on_whole else {}
+        kept = on_whole.kept if on_whole else None
         if on_whole and of_whole:
             on_whole.set_merged({})
-        self._merged.set(self._rows(), terms)
+        self._merged.set(self._rows(), terms, keep)
         if on_whole and of_whole:
-            on_whole.set_merged(of_whole)
+            on_whole.set_merged(of_whole, kept)
 
     def fold(self, terms: Terms) -> None:
         """`set` for good."""
