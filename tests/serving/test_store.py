@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -270,12 +271,18 @@ def test_those_in_use_are_not_dropped(folder: Path, pipe: Any) -> None:
 
 
 def test_what_was_dropped_takes_no_memory(folder: Path, pipe: Any) -> None:
-    import weakref
-
     store = AdapterStore(pipe, folder, budget=size_of(folder, pipe) + 5000)
+
+    def held() -> int:
+        factors = [
+            f for layer in krona_layers(pipe.unet).values() for f in (*layer.krona_A.values(), *layer.krona_B.values())
+        ]
+        return sum({f.untyped_storage().data_ptr(): f.untyped_storage().nbytes() for f in factors}.values())
+
     with store.batch(["dog"]):
         kept = weakref.ref(store.load("dog"))
-        assert kept() is not None
+        assert held() == store.bytes
+    assert held() < 100
     store.load("cat")
     assert kept() is None
 

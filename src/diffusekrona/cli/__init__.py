@@ -6,7 +6,7 @@ flag are answered at once; their imports stand inside the commands.
 
 import typer
 
-from . import evaluate, files, generate, params, train
+from . import evaluate, files, generate, params, serve, train
 from .commands import Commands, QuietCommand
 
 __all__ = ["Commands", "app"]
@@ -20,6 +20,7 @@ app = typer.Typer(
 for _command in (
     train.train,
     generate.generate,
+    serve.serve,
     evaluate.evaluate,
     params.params,
     files.export,
