@@ -1,6 +1,7 @@
 """OpenAI's images API: what a request may say, and the answers.
 
-Each part of a request is used, or refused with the reason; none is ignored but `user`, which names the client's user.
+Each part of a request is used, or refused with the reason; none is ignored but those that name the client's own
+user.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class ImagesRequest(BaseModel):
     size: str | None = None
     response_format: str | None = None
     user: str | None = None
+    safety_identifier: str | None = None
     quality: str | None = None
     style: str | None = None
     background: str | None = None
@@ -171,6 +173,7 @@ def _check_texts(request: ImagesRequest, settings: ServeSettings) -> None:
         ("negative_prompt", settings.max_prompt),
         ("model", 256),
         ("user", 256),
+        ("safety_identifier", 256),
     ):
         text = getattr(request, name)
         if text is None:
