@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "AdapterStore",
     "KronAConfig",
     "KronALayer",
     "KronAModel",
@@ -46,6 +47,7 @@ if TYPE_CHECKING or not _started_as_the_command():
     from .pipeline import hotswap_krona, inject_krona, load_krona, merge_krona, save_krona, unload_krona, unmerge_krona
     from .report import KronAReport, krona_report
     from .serving.batch import krona_batch
+    from .serving.store import AdapterStore
     from .tuner.config import KronAConfig
     from .tuner.layer import KronALayer
     from .tuner.model import KronAModel
@@ -66,5 +68,6 @@ def __getattr__(name: str) -> Any:
         ".pipeline",
         ".report",
         ".serving.batch",
+        ".serving.store",
     )
     return loaded_at_first_use(__name__, __all__, *homes, ".files.merge")(name)

@@ -33,6 +33,10 @@ class BatchError(KronAError):
     """The samples of a batch cannot each have the adapter that is given for them."""
 
 
+class StoreFullError(KronAError):
+    """A store's adapters that are in use leave no room for another one within its budget."""
+
+
 class DatasetError(KronAError):
     """Images, or the captions beside them, are missing, unreadable or unusable."""
 

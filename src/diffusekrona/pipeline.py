@@ -229,6 +229,19 @@ def load_krona(
     check_free_name(found.values(), adapter_name)
     source = resolve(path, revision=revision, token=token)
     saved = read_adapters(source, found, Reading(on_unused, alpha_of_whole), wanted)
+    return put_adapter(model, saved, adapter_name, trainable=trainable)
+
+
+def put_adapter(
+    model: Any, saved: Mapping[str, SavedAdapter], adapter_name: str, *, trainable: bool = False
+) -> InjectedAdapter:
+    """Put an adapter that was read, by component, into a model as the active KronA adapter; `load_krona` has the rest.
+
+    Raises:
+        AdapterNameError: the name is taken.
+    """
+    found = adaptable_components(model)
+    check_free_name(found.values(), adapter_name)
     configs = {part: copy.deepcopy(one.config) for part, one in saved.items()}
     for config in configs.values():
         config.inference_mode = not trainable

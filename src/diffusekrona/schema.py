@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
@@ -60,6 +60,10 @@ def _expanded(path: Path) -> Path:
 
 FilePath = Annotated[Path, Strict(False), AfterValidator(_expanded)]
 """A path, also as a text; `~` is the home folder."""
+
+
+DType = Literal["float32", "float16", "bfloat16"]
+"""A type that weights are loaded in."""
 
 
 def _listed(value: object) -> object:

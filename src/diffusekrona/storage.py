@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -108,6 +108,40 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise AdapterFileError(_not_whole(path, start, error)) from error
+
+
+class Header(NamedTuple):
+    """What stands before the numbers of a safetensors file.
+
+    Attributes:
+        metadata: its metadata.
+        tensors: the text that names the tensors, which two files have in common whose tensors lie alike.
+        bytes: of it all; the numbers begin there.
+    """
+
+    metadata: dict[str, str]
+    tensors: str
+    bytes: int
+
+
+_METADATA_FIRST = '{"__metadata__":'
+
+
+def read_header(file: BinaryIO) -> Header | None:
+    """The header of an opened file, with metadata first, as safetensors and we write it; None where it is otherwise.
+
+    Nothing of it is checked: compare `tensors` with that of a file that was read as a whole.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    text = file.read(size) if size <= LARGEST_HEADER else b""
+    try:
+        content = text.decode()
+        if len(text) < size or not content.startswith(_METADATA_FIRST):
+            return None
+        metadata, end = json.JSONDecoder().raw_decode(content, len(_METADATA_FIRST))
+    except (ValueError, RecursionError):
+        return None
+    return Header(metadata, content[end:], 8 + size) if isinstance(metadata, dict) else None
 
 
 def _not_whole(path: Path, start: bytes, error: Exception) -> str:

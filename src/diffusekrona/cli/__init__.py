@@ -6,7 +6,7 @@ flag are answered at once; their imports stand inside the commands.
 
 import typer
 
-from . import evaluate, files, generate, params, train, train_many
+from . import evaluate, files, generate, params, serve, train, train_many
 from .commands import Commands, QuietCommand
 
 __all__ = ["Commands", "app"]
@@ -21,6 +21,7 @@ for _command in (
     train.train,
     train_many.train_many,
     generate.generate,
+    serve.serve,
     evaluate.evaluate,
     params.params,
     files.export,

@@ -11,7 +11,8 @@ from rich.progress import MofNCompleteColumn
 
 from ..errors import KronAError
 from ..inputs.texts import read_text
-from ..training.settings import DataSettings, DType
+from ..schema import DType
+from ..training.settings import DataSettings
 from .console import print_line
 from .options import help_of
 from .progress import progress

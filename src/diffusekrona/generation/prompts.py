@@ -33,21 +33,25 @@ def encode_in_chunks(pipe: Any, prompts: list[str], chunks: int, device: torch.d
     """Encode prompts, each in so many chunks; what they do not fill is encoded as an empty prompt.
 
     A chunk starts and ends like a prompt of its own, so that one chunk is what the pipeline itself makes of a prompt
-    that fits.
+    that fits. The encoders have a row for each prompt, as `krona_batch` wants it.
     """
     is_sdxl = getattr(pipe, "text_encoder_2", None) is not None
     parts: list[Tensor] = []
     pooled = None
     for tokenizer, encoder in zip(_tokenizers(pipe), _encoders(pipe), strict=True):
         ids = torch.tensor([_chunked(tokenizer, pipe, prompt, chunks) for prompt in prompts]).to(device)
-        rows, masks = ids.flatten(0, 1), None
-        if getattr(encoder.config, "use_attention_mask", False):
-            masks = (rows != tokenizer.pad_token_id).long()
-        said = encoder(rows, attention_mask=masks, output_hidden_states=is_sdxl)
-        hidden = said.hidden_states[-2] if is_sdxl else said[0]
-        parts.append(hidden.unflatten(0, (len(prompts), chunks)).flatten(1, 2))
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        said = [
+            encoder(
+                rows,
+                attention_mask=(rows != tokenizer.pad_token_id).long() if masked else None,
+                output_hidden_states=is_sdxl,
+            )
+            for rows in ids.unbind(1)
+        ]
+        parts.append(torch.cat([one.hidden_states[-2] if is_sdxl else one[0] for one in said], dim=1))
         if is_sdxl:
-            pooled = said[0].unflatten(0, (len(prompts), chunks))[:, 0]  # of the last encoder, which projects it
+            pooled = said[0][0]  # of the last encoder, which projects it
     return Encoded(torch.cat(parts, dim=-1), pooled)
 
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from ..bases.quantization import Quantization
 from ..errors import TrainingConfigError
 from ..evaluation import CLIP, DINO
-from ..schema import FilePath, SettingsModel, TextList, read_mapping, short_name, unknown
+from ..schema import DType, FilePath, SettingsModel, TextList, read_mapping, short_name, unknown
 from ..tuner.fields import FIELDS, Init, Scaling
 from .config import ImageSettings, TrainingConfig, TrainingSettings
 from .script_names import MEANT, answer, translated
@@ -21,7 +21,6 @@ from .script_names import MEANT, answer, translated
 if TYPE_CHECKING:
     from ..tuner.config import KronAConfig
 
-DType = Literal["float32", "float16", "bfloat16"]
 Quantized = Literal["nf4", "int8", "fp8"]
 ReportTo = Literal["tensorboard", "wandb"]
 
