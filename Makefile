@@ -60,7 +60,7 @@ base: .venv/ready
 # Apart, since the libraries that depend on torchao load it and log much about it wherever it is installed.
 .venv/extras: .venv/ready
 	@echo "Making .venv: quantized bases, optimizers and datasets, for the tests"
-	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,lycoris,quantized,train]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,lycoris,quantized,serve,train]'
 	@touch $@
 
 .venv-programs/ready: pyproject.toml constraints.txt tests/programs/requirements.txt

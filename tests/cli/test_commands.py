@@ -130,7 +130,7 @@ def test_without_the_extra_packages_training_runs_and_one_line_says_what_is_left
     ]
     folder = tmp_path / "toy" / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "report.html", "settings.yaml", "validation", "written.json",
+        "checkpoints", "report.html", "settings.yaml", "status.json", "validation", "written.json",
     }  # fmt: skip
     assert [path.name for path in (folder / "validation").iterdir()] == ["step-00000003-0.png"]
     page = (folder / "report.html").read_text()

@@ -303,7 +303,7 @@ def everything_is_there(row: Mapping[str, str], outcome: Outcome) -> None:
     lokr = ["toy", "toy.safetensors", "toy-lokr.safetensors"]
     assert [path.name for path in outcome.saved] == names.get(row["output"], lokr)
     folder = outcome.page.parent
-    expected = {"report.html", "settings.yaml", "written.json", "tensorboard", "checkpoints"}
+    expected = {"report.html", "settings.yaml", "status.json", "written.json", "tensorboard", "checkpoints"}
     if row["cache"] == "disk":
         expected.add("cache")
     if row["seeing"] == "pictures":

@@ -6,7 +6,7 @@ flag are answered at once; their imports stand inside the commands.
 
 import typer
 
-from . import evaluate, files, generate, params, serve, train, train_many
+from . import evaluate, files, generate, params, runs, serve, train, train_many
 from .commands import Commands, QuietCommand
 
 __all__ = ["Commands", "app"]
@@ -20,6 +20,8 @@ app = typer.Typer(
 for _command in (
     train.train,
     train_many.train_many,
+    runs.runs,
+    runs.tell,
     generate.generate,
     serve.serve,
     evaluate.evaluate,

@@ -20,7 +20,7 @@ from .config import TrainingConfig
 from .data import TrainingImage
 from .families import Family, family_of
 from .optimizer_names import check_optimizer
-from .progress import TrainingResult, TrainingStep
+from .progress import Interrupted, TrainingResult, TrainingStep
 from .randomness import seed_for
 from .run_state import LossPart, RunState
 from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept, sharding_of
@@ -180,7 +180,7 @@ class _Loop:
                 if state.due() or stop:
                     state.save()
                 if on_step is not None:
-                    on_step(state.report(rate))
+                    on_step(state.report(rate, interrupted))
                 if stop and not state.finished:
                     state.end()
                     raise TrainingInterrupted(state.step, state.newest_file)
@@ -219,20 +219,20 @@ class _Loop:
 
 
 @contextmanager
-def interruptions() -> Iterator[Callable[[], bool]]:
+def interruptions() -> Iterator[Interrupted]:
     """Let the first Ctrl-C be asked for in place of a `KeyboardInterrupt`; a second one is that as ever."""
-    asked = threading.Event()
+    interrupted = Interrupted()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield interrupted
         return
     before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:
-        asked.set()
+        interrupted.ask()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, ask)
     try:
-        yield asked.is_set
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)

@@ -36,12 +36,14 @@ from .run import (
     held_out_images,
     image_plan,
     saved_run,
+    status_of,
     tell_all,
     training_images,
 )
 from .run_state import RunState
 from .runtime import accelerator_for, checkpointed, modes_kept, random_state_kept, this_process
 from .settings import Settings, settings_text
+from .status import StatusWriter
 from .subjects import Subject
 from .together import Member, Together, active_alone
 
@@ -220,6 +222,7 @@ class _Active:
     subject: Subject
     output: Output
     member: Member
+    status: StatusWriter
     observers: Observers
     images: list[TrainingImage]
     borrowed: ExitStack
@@ -243,26 +246,28 @@ class _Session:
     ) -> Iterator[_End]:
         """Train them all; each as it ends, with what is to be told of it."""
         waiting = list(subjects)
-        with interruptions() as interrupted:
+        with interruptions() as self._interrupted:
             while waiting or self._active:
                 while waiting and len(self._active) < at_once:
                     if (failed := self._begin(waiting.pop(0))) is not None:
                         yield failed, None
                 yield from self._step(on_step)
-                if interrupted() and (waiting or self._active):
+                if self._interrupted() and (waiting or self._active):
                     raise self._stopped()
 
     def _begin(self, subject: Subject) -> Ended | None:
         """Let a subject take part; what became of it where it cannot."""
         with ExitStack() as borrowed:
+            status = status_of(subject.settings, Output(subject.settings))
             try:
-                self._active.append(self._prepared(subject, borrowed))
+                self._active.append(self._prepared(subject, status, borrowed))
             except (KronAError, OSError) as error:
+                status.tell("failed", str(error))
                 return Ended(subject.name, "set aside", str(error))
             self._active[-1].borrowed = borrowed.pop_all()
         return None
 
-    def _prepared(self, subject: Subject, borrowed: ExitStack) -> _Active:
+    def _prepared(self, subject: Subject, status: StatusWriter, borrowed: ExitStack) -> _Active:
         settings, pipe = subject.settings, self._pipe
         self._number += 1
         output = Output(settings, f"subject-{self._number}")
@@ -295,10 +300,10 @@ class _Session:
         state = RunState(parts, factors, accelerator, config, output.folder, about, validation, self._trained)
         if settings.output.resume:
             state.resume()
-        observers = Observers(pipe, settings, output, True)
+        observers = Observers(pipe, settings, output, status)
         borrowed.callback(observers.close)
         member = Member(krona, state, accelerator)
-        return _Active(subject, output, member, observers, images, borrowed, time.monotonic())
+        return _Active(subject, output, member, status, observers, images, borrowed, time.monotonic())
 
     def _step(self, on_step: Callable[[str, TrainingStep], None] | None) -> Iterator[_End]:
         """A step of each subject that takes part."""
@@ -327,7 +332,7 @@ class _Session:
             state.validate()
             if state.due():
                 state.save()
-            done = state.report(rate)
+            done = state.report(rate, self._interrupted)
             active.observers(done)
         return done
 
@@ -339,12 +344,14 @@ class _Session:
         result = state.result(len(active.images))
         done = saved_run(self._pipe, settings, output, result, active.images)
         self._leave(active)
+        active.status.tell("finished")
         name, path = active.subject.name, str(output.path)
         ended = Ended(name, "trained", None, state.step, result.final_loss, state.seconds, path)
         return ended, (settings, output, done)
 
     def _set_aside(self, active: _Active, error: Exception) -> Ended:
         self._leave(active)
+        active.status.tell("failed", str(error))
         return Ended(active.subject.name, "set aside", str(error), active.member.state.step)
 
     def _leave(self, active: _Active) -> None:
@@ -359,6 +366,7 @@ class _Session:
             active.member.state.end()
             active.output.save_step(self._pipe, active.member.state.step)
             self._leave(active)
+            active.status.tell("stopped")
         return TrainingInterrupted(step, None)
 
 

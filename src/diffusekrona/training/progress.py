@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+
+
+class Interrupted:
+    """Whether a run was asked to stop; and a way to ask."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self.ask = self._asked.set
+
+    def __call__(self) -> bool:
+        """Whether it was."""
+        return self._asked.is_set()
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class TrainingStep:
         validation_loss: of the held-out images after this step, over noise that is the same each time; None where it
             was not computed.
         averaged: with it, the parameters are for a while what they would end as now: with `ema_decay`, their averages.
+        interrupted: whether the run was asked to stop, and a way to ask: it ends after its next step, as by Ctrl-C.
     """
 
     step: int
@@ -34,6 +48,7 @@ class TrainingStep:
     images_per_second: float
     validation_loss: float | None = None
     averaged: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False, compare=False)
+    interrupted: Interrupted = field(default_factory=Interrupted, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

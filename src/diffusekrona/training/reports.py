@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import TrainingConfigError
 from ..generation import generate_images
+from ..inputs.captions import write_metadata
 from ..inputs.images import figure_png, image_png
 from ..storage import write_whole
 from .progress import TrainingStep
@@ -80,6 +81,17 @@ class Validation:
             if find_spec("matplotlib") is not None:
                 write_whole({self._folder / "sheet.png": self._drawn_sheet(self._folder)})
         return images
+
+    def draw_asked(self, step: int, prompt: str) -> None:
+        """Draw a prompt after a step; it is `asked-00000100-0.png`, and the folder's captions have its prompt."""
+        if self._folder is None:
+            return
+        with ready_to_draw(self._pipe):
+            image = generate_images(self._pipe, [prompt], self._seed, **self._options)[0]
+        number = len(list(self._folder.glob(f"asked-{step:08d}-*.png")))
+        file = self._folder / f"asked-{step:08d}-{number}.png"
+        write_whole({file: image_png(image)})
+        write_metadata(self._folder, {file.name: {"text": prompt}})
 
     def _drawn_prompts(self) -> list[Image.Image]:
         with ready_to_draw(self._pipe):

@@ -30,6 +30,7 @@ from .reports import model_card, run_page
 from .runtime import this_process
 from .scores import score_adapters, scores_json, scores_rows
 from .settings import Settings, settings_text
+from .status import StatusWriter, ended_in
 
 _log = logging.getLogger(__name__)
 
@@ -71,10 +72,12 @@ def run(
     repository = hub_repository(settings.output)
     if repository is not None and this_process().is_main_process:
         check_hub(repository)
-    done = _train(settings, output, on_step, on_class_image)
-    gc.collect()  # the base, whose parts know each other, goes out of memory before anything is drawn
-    if this_process().is_main_process:
-        tell_all(settings, output, done)
+    status = status_of(settings, output) if this_process().is_main_process else None
+    with ended_in(status):
+        done = _train(settings, output, status, on_step, on_class_image)
+        gc.collect()  # the base, whose parts know each other, goes out of memory before anything is drawn
+        if status is not None:
+            tell_all(settings, output, done)
     return Outcome(done.result, done.report, done.saved, output.page)
 
 
@@ -89,18 +92,28 @@ class Done:
     images: list[Image.Image]
 
 
+def status_of(settings: Settings, output: Output) -> StatusWriter:
+    """What a run tells of itself."""
+    return StatusWriter(output.folder, settings.training.max_train_steps, settings.output.resume)
+
+
 def _train(
-    settings: Settings, output: Output, on_step: OnStep | None, on_class_image: Callable[[int, int], None] | None
+    settings: Settings,
+    output: Output,
+    status: StatusWriter | None,
+    on_step: OnStep | None,
+    on_class_image: Callable[[int, int], None] | None,
 ) -> Done:
+    """Train as the settings say; the process with a status writes."""
     data, adapter = settings.data, settings.adapter.config()
     pipe = base_of(settings)
     plan = image_plan(settings, training_resolution(pipe, settings.images.resolution), family_of(pipe).reduction)
     images = training_images(settings, plan)
     others = class_images(pipe, settings, plan, on_class_image)
-    writes = this_process().is_main_process
+    writes = status is not None
     if writes:
         output.write({output.folder / "settings.yaml": settings_text(settings)})
-    observers = Observers(pipe, settings, output, writes)
+    observers = Observers(pipe, settings, output, status)
 
     def after(done: TrainingStep) -> None:
         observers(done)

@@ -21,7 +21,7 @@ from .batches import Batches
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainingConfig
 from .optimizers import optimizer_of, optimizer_state, restore_optimizer
-from .progress import TrainingResult, TrainingStep, recent_mean
+from .progress import Interrupted, TrainingResult, TrainingStep, recent_mean
 from .runtime import modes_kept
 
 _log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class RunState:
         finally:
             self._ema.restore(self.parameters.values())
 
-    def report(self, rate: float) -> TrainingStep:
+    def report(self, rate: float, interrupted: Interrupted) -> TrainingStep:
         """What is known after a step that used this learning rate."""
         done = self.step
         images = len(self.parts) * self.config.train_batch_size * self._accelerator.num_processes
@@ -202,6 +202,7 @@ class RunState:
             (done - self.started_at) * per_step / self.seconds,
             self.validation_losses.get(done),
             self.averaged,
+            interrupted,
         )
 
     def result(self, images: int) -> TrainingResult:
