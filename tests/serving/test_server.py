@@ -23,9 +23,9 @@ from PIL import Image
 
 from diffusekrona import AdapterStore
 from diffusekrona.errors import KronAError
+from diffusekrona.serving.cluster import check_answers
 from diffusekrona.serving.drawing import Drawer
 from diffusekrona.serving.picture import Picture
-from diffusekrona.serving.server import check_answers
 from tests.pipelines import tiny_sdxl_pipeline
 from tests.serving.adapters import folder_of
 from tests.serving.processes import clean_environment, free_port, listening, painters, served, wait_for

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import KronAError
+from .environment import check_installed, prepare, prepare_own
 
 LOCAL = "local"
 """Address of a cluster that is started on this machine and ends with its user."""
 
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # which would be sent away
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # which would install packages anew for each worker
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-_SECONDS = 5.0
+_CONNECT_SECONDS = 5.0
 
 
 @contextmanager
@@ -32,13 +27,14 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         KronAError: Ray is not installed, or nobody answers at the address.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as error:
-        raise KronAError("Ray is not installed: pip install 'diffusekrona[serve]'.") from error
-    check_reachable(address)
+    if address == LOCAL:
+        prepare_own(threads=1)
+    else:
+        check_answers(address)
+        prepare()
+    check_installed()
+    import ray
+
     ray.init(address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING)
     try:
         yield ray
@@ -46,16 +42,15 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def check_reachable(address: str) -> None:
-    """Raise `KronAError` where nobody answers, as Ray itself tries again for minutes."""
-    if address == LOCAL:
-        return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        raise KronAError(f'{address!r} is no address of a Ray cluster: give host:port, ray://host:port, or "{LOCAL}".')
+def check_answers(address: str) -> None:
+    """Raise `KronAError` unless something answers at a cluster's address; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise KronAError(f"ray must be an address such as 10.0.0.1:6379, not {address!r}.")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS):
+            pass
     except (OSError, OverflowError) as error:
         raise KronAError(
-            f"No Ray cluster answers at {address}: {error}. Start Ray there, or check the address."
+            f"No Ray cluster answers at {address} ({error}). `ray status` on its head node tells the address."
         ) from error

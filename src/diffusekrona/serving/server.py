@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..errors import KronAError
+from .cluster import check_answers
 from .environment import check_installed, check_loopback, prepare, prepare_own
 from .listing import Listing
 from .settings import ServeSettings
 
 _NAME = "diffusekrona"
-_CONNECT_SECONDS = 5.0
 _OBJECT_STORE = 256 << 20
 
 
@@ -66,20 +66,6 @@ def running(settings: ServeSettings) -> Iterator[str]:
             with suppress(Exception):
                 ray_serve.delete(_NAME)
         ray.shutdown()
-
-
-def check_answers(address: str) -> None:
-    """Raise `KronAError` unless something answers at a cluster's address; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        raise KronAError(f"ray must be an address such as 10.0.0.1:6379, not {address!r}.")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS):
-            pass
-    except (OSError, OverflowError) as error:
-        raise KronAError(
-            f"No Ray cluster answers at {address} ({error}). `ray status` on its head node tells the address."
-        ) from error
 
 
 def _check_here(settings: ServeSettings) -> None:
