@@ -52,7 +52,7 @@ def project() -> dict[str, Any]:
 
 def names(requirements: list[str]) -> set[str]:
     """Of distributions."""
-    return {re.split(r"[<>=; ]", requirement)[0] for requirement in requirements}
+    return {re.split(r"[<>=; [\]]", requirement)[0] for requirement in requirements}
 
 
 def imported() -> set[str]:
@@ -83,7 +83,7 @@ def test_each_package_that_is_imported_is_required_and_no_other_is() -> None:
     needed = {distributions.get(name, name) for name in imported()}
     # By torch.utils.tensorboard, and by name where an optimizer is of that package.
     loaded_otherwise = {"tensorboard", "prodigyopt", "pytorch-optimizer"}
-    optional = names(extras["train"] + extras["quantized"] + extras["lycoris"]) | {"wandb"}
+    optional = names(extras["train"] + extras["quantized"] + extras["lycoris"] + extras["serve"]) | {"wandb"}
     assert names(project()["dependencies"]) == needed - optional
     assert names(extras["train"]) <= needed | loaded_otherwise
 

@@ -20,6 +20,7 @@ from prodigyopt import Prodigy
 import diffusekrona
 from diffusekrona import evaluation, training
 from diffusekrona.cli import app
+from diffusekrona.serving.endpoint import ImagesRequest
 from diffusekrona.training.script_names import MEANT
 from diffusekrona.training.settings import NAMES
 from diffusekrona.tuner.names import DENOISERS, TEXT_ENCODERS
@@ -117,7 +118,10 @@ IN_FILES = {
 OTHERS = {"allow_tf32", "constant_with_warmup", "logit_normal", "save_to_disk"}
 """A switch of PyTorch, a schedule, a kind of sampling, and a method of the package datasets."""
 
-KNOWN = our_names() | THEIRS.keys() | THEIR_ARGUMENTS.keys() | OF_ACCELERATE | IN_FILES | OTHERS
+OF_ENDPOINT = {*ImagesRequest.model_fields, "b64_json"}
+"""What a request to the server may hold."""
+
+KNOWN = our_names() | OF_ENDPOINT | THEIRS.keys() | THEIR_ARGUMENTS.keys() | OF_ACCELERATE | IN_FILES | OTHERS
 
 
 def unknown_names(text: Text) -> set[str]:

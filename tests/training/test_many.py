@@ -288,7 +288,7 @@ def test_an_output_in_the_way_stops_all(pictures: Path, tmp_path: Path) -> None:
 def test_no_subject_and_no_slot_are_told(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingConfigError, match="no subject"):
         train_many([])
-    with pytest.raises(TrainingConfigError, match="at_once must be at least 1"):
+    with pytest.raises(TrainingConfigError, match="At least one subject"):
         train_many(find_subjects(pictures, tmp_path / "out", shared(tmp_path)), at_once=0)
 
 

@@ -139,7 +139,7 @@ def check_all(subjects: Sequence[Subject], at_once: int) -> None:
     if not subjects:
         raise TrainingConfigError("There is no subject to train.")
     if at_once < 1:
-        raise TrainingConfigError(f"at_once must be at least 1, not {at_once}.")
+        raise TrainingConfigError(f"At least one subject must be trained at once, not {at_once}.")
     if this_process().num_processes > 1:
         raise TrainingConfigError(
             "Many subjects are trained in one process; accelerate started several. Use --ray for several machines."
@@ -163,7 +163,7 @@ def _check_one(subject: Subject, at_once: int) -> None:
     if settings.adapter.dropout and at_once > 1:
         raise TrainingConfigError(
             f"dropout draws for a whole batch at once, so {subject.name} would not be what it is alone. "
-            "Leave it out, or set at_once to 1."
+            "Leave it out, or train one at a time."
         )
     check_optimizer(settings.training)
     output = Output(settings)
