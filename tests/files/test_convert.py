@@ -388,6 +388,14 @@ def test_the_transformer_that_a_file_is_for_is_found_or_asked_for(tmp_path, laye
         assert convert(file, tmp_path / "out.safetensors").layers == 1
 
 
+@pytest.mark.parametrize("width", [5120, 1536])
+def test_models_of_one_family_are_told_by_their_sizes(tmp_path, width):
+    layer, file = "diffusion_model.blocks.0.self_attn.q", tmp_path / "lokr.safetensors"
+    save_file({f"{layer}.lokr_w1": torch.ones(4, 8), f"{layer}.lokr_w2": torch.ones(width // 4, width // 8)}, file)
+    config = components_for(file, None)["transformer"].config
+    assert config.num_attention_heads * config.attention_head_dim == width
+
+
 BLOCK = "attentions.0.transformer_blocks.0"
 
 
