@@ -20,7 +20,7 @@ PLACES = ("left", "right", "top", "bottom")
 SIZES = {"any": 96, "placed": 64, "several": 48, "small": 64, "large": 112}
 """Edges in pixels. Few of them, and places on a grid, so that the denoiser sees the same latents of a drawing often."""
 SHARES = {"plain": 0.46, "size": 0.13, "place": 0.17, "both": 0.06, "times": 0.18}
-CELL = 32  # pixels; things are moved by whole ones, which are two of the latents'
+CELL = 32  # pixels; things are moved by whole ones, each of which is four latents wide
 MIDDLE_SHARE = 0.75  # of plain pictures whose thing is in the middle
 
 

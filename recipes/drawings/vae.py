@@ -1,4 +1,4 @@
-"""The autoencoder: 128 x 128 pictures to 32 x 8 x 8 latents and back, trained on every drawing but the hidden ones."""
+"""The autoencoder: 128 x 128 pictures to 8 x 16 x 16 latents and back, trained on every drawing but the hidden ones."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ from .art import CACHE, PIXELS
 from .training import Run, mixed, note, pick_device, random_of
 
 BATCH = 8
-STEPS = 9_000
-CROPPED = 6_500  # steps at first that see twice as many pieces of pictures, of a quarter of their area
+STEPS = 10_000
+CROPPED = 8_000  # steps at first that see twice as many pieces of pictures, of a quarter of their area
 PIECE = PIXELS // 2
 SCHEDULE = (2e-3, 0.0, 100)
-WIDTHS = (16, 32, 64, 128, 256)  # nearly all time goes into the first two
+WIDTHS = (16, 32, 96, 128)  # nearly all time goes into the first two
 GROUPS = 4
-CHANNELS = 32
+CHANNELS = 8
 SIDE = PIXELS // 2 ** (len(WIDTHS) - 1)  # of a picture's latents
-KL_WEIGHT = 3e-5  # on the mean over latent elements
+KL_WEIGHT = 1e-4  # on the mean over latent elements
 EDGE_WEIGHT = 0.5
 COLOUR_WEIGHT = 1.0
 CELL = 16  # pixels; the mean colour of each such cell must be right
