@@ -3,10 +3,10 @@
 Every attention projection of SDXL at 1024², forward only, as when images are drawn, on this machine's CPU, in fp32 and
 bf16. Over the frozen layer's time: one adapter for the whole batch; eight in one batch, ours by `krona_batch` and that
 of LoRA by PEFT's mixed batch; and what is done today for eight requests, one after the other: switching between
-adapters, or merging each before its picture and unmerging it afterwards. All take turns in every round, in random
-order; a ratio is the median over the rounds of one's time over the other's in the same round. The targets: eight of
-ours cost at most 1.05 times one of ours, and at most what eight LoRA cost. Writes `benchmarks/results/batched.md` and
-`.json`.
+adapters, putting each one's numbers into the place of one (hot swap, without reading a file), or merging each before
+its picture and unmerging it afterwards. All take turns in every round, in random order; a ratio is the median over the
+rounds of one's time over the other's in the same round. The targets: eight of ours cost at most 1.05 times one of ours,
+and at most what eight LoRA cost. Writes `benchmarks/results/batched.md` and `.json`.
 """
 
 from __future__ import annotations
@@ -76,13 +76,27 @@ def _in_turn(layer: Any, label: str, x: Tensor) -> dict[str, Action]:
             layer(x[row : row + 1])
         layer.set_adapter(NAMES[:1], inference_mode=True)
 
+    slot = _parameters(layer, NAMES[0])
+    saved = [[parameter.detach().clone() for parameter in _parameters(layer, name)] for name in NAMES]
+
+    def swapped() -> None:
+        for row, tensors in enumerate(saved):
+            for parameter, tensor in zip(slot, tensors, strict=True):
+                parameter.data.copy_(tensor)
+            layer(x[row : row + 1])
+
     def merged() -> None:
         for row, name in enumerate(NAMES):
             layer.merge(adapter_names=[name])
             layer(x[row : row + 1])
             layer.unmerge()
 
-    return {f"{label}, switched": switched, f"{label}, merged": merged}
+    return {f"{label}, switched": switched, f"{label}, hot swap": swapped, f"{label}, merged": merged}
+
+
+def _parameters(layer: Any, name: str) -> list[nn.Parameter]:
+    """An adapter's own."""
+    return [parameter for key, parameter in layer.named_parameters() if f".{name}" in key]
 
 
 @torch.no_grad()

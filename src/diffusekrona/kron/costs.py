@@ -83,13 +83,10 @@ def krona_step(shapes: FactorShapes, tokens: int, order: Order | None = None, me
     a1, a2, b1, b2 = shapes
     first, second, made = _products(shapes, order)
     for_gradient_of_a = 2 * min(a1 * a2, (a1 + a2) * (b2 if order == "A first" else b1))
-    for_gradient_of_b = 2 * a1 * b1 * b2 if order == "A first" else 0
     floor = frozen_step(shapes.d, shapes.h, tokens)
     gradients = StepCost(
         2 * tokens * (first + second),
-        tokens * (2 * shapes.h + 2 * shapes.d + 4 * made + for_gradient_of_a)
-        + 2 * (a1 * a2 + b1 * b2)
-        + for_gradient_of_b,
+        tokens * (2 * shapes.h + 2 * shapes.d + 4 * made + for_gradient_of_a) + 2 * (a1 * a2 + b1 * b2),
     )
     output = _merged_output(shapes) if merged else _added_output(shapes, tokens, order)
     return StepCost(*map(sum, zip(floor, gradients, output, strict=True)))
