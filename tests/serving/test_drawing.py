@@ -47,6 +47,9 @@ def test_each_picture_is_what_it_is_alone(folder: Path) -> None:
         (alone,) = drawer(folder).draw([picture])
         assert pixels(outcome).shape == (32, 64, 3)
         assert np.abs(pixels(outcome) - pixels(alone)).max() <= 2
+    first, second = (Picture("dog", "a toy", seed, None, 64, 32, 2, 3.0) for seed in (1, 2))
+    one, other = drawer(folder).draw([first, second])
+    assert np.abs(pixels(one) - pixels(other)).max() > 10
     assert np.abs(pixels(together[0]) - pixels(drawer(folder).draw(pictures([None]))[0])).max() > 10
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ from diffusekrona.errors import KronAError
 from diffusekrona.serving.cluster import check_answers
 from diffusekrona.serving.drawing import Drawer
 from diffusekrona.serving.picture import Picture
+from diffusekrona.serving.server import running
+from diffusekrona.serving.settings import ServeSettings
 from tests.pipelines import tiny_sdxl_pipeline
 from tests.serving.adapters import folder_of
 from tests.serving.processes import clean_environment, free_port, listening, painters, served, wait_for
@@ -137,19 +140,11 @@ def test_the_queue_has_an_end_and_who_leaves_frees_his_place(server: Server) -> 
 @ray
 @pytest.mark.slow
 def test_metrics_are_rays(server: Server) -> None:
-    import urllib.request
-
     def told() -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics") as answer:
             text = answer.read().decode()
-        return all(
-            re.search(rf"^ray_{name}\{{.* [1-9]", text, re.MULTILINE)
-            for name in (
-                "diffusekrona_pictures_total",
-                "diffusekrona_batch_size_count",
-                "serve_num_http_requests_total",
-            )
-        )
+        names = "diffusekrona_pictures_total diffusekrona_batch_size_count serve_num_http_requests_total".split()
+        return all(re.search(rf"^ray_{name}\{{.* [1-9]", text, re.MULTILINE) for name in names)
 
     wait_for(told, 60, server.log)
 
@@ -194,26 +189,45 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str, text: str) -
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.slow
-def test_what_is_wrong_is_a_sentence_before_ray_starts(tmp_path: Path) -> None:
+def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def silent(address: object, timeout: float) -> None:
+        waited.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("diffusekrona.serving.cluster.socket.create_connection", silent)
+    with pytest.raises(KronAError, match=r"No Ray cluster answers at ray://10\.0\.0\.1:6379 \(timed out\)"):
+        check_answers("ray://10.0.0.1:6379")
+    assert waited[0] <= 10
+
+
+def test_what_is_wrong_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusekrona.serving.server.check_installed", lambda: pytest.fail("goes on to Ray"))
     tiny_sdxl_pipeline().save_pretrained(tmp_path / "base")
     (tmp_path / "adapters").mkdir()
-    whole = {"--base": tmp_path / "base", "--adapters": tmp_path / "adapters", "--port": free_port()}
+    whole = {"base": str(tmp_path / "base"), "adapters": [str(tmp_path / "adapters")], "port": free_port()}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for changed, text in (
-            ({"--adapters": tmp_path / "missing"}, "The adapters' folder"),
-            ({"--port": taken.getsockname()[1]}, "Nothing can listen on 127.0.0.1"),
-            ({"--ray": "127.0.0.1:1"}, "No Ray cluster answers"),
+            ({"adapters": [str(tmp_path / "missing")]}, "The adapters' folder"),
+            ({"base": str(tmp_path)}, r"no model_index\.json"),
+            ({"port": taken.getsockname()[1]}, r"Nothing can listen on 127\.0\.0\.1"),
+            ({"ray": "127.0.0.1:1"}, "No Ray cluster answers"),
         ):
-            words = [str(word) for pair in {**whole, **changed}.items() for word in pair]
-            done = subprocess.run(
-                [sys.executable, "-m", "diffusekrona.cli", "serve", *words],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=clean_environment(),
-                timeout=300,
-            )
-            assert done.returncode == 1, done.stderr
-            assert text in done.stderr
-            assert "Traceback" not in done.stderr
+            with pytest.raises(KronAError, match=text), running(ServeSettings(**{**whole, **changed})):
+                pass
+
+
+@pytest.mark.slow
+def test_it_is_a_sentence_of_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusekrona.cli", "serve", "--base", "b", "--adapters", str(tmp_path / "missing")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean_environment(),
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Error: The adapters' folder" in done.stderr
+    assert "Traceback" not in done.stderr

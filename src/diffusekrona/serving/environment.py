@@ -29,6 +29,10 @@ _UNSET = (
 )
 
 
+_TOKEN = secrets.token_hex(32)
+"""Of this process, which reads it once, however often it starts a Ray."""
+
+
 def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set the environment for Ray, in which its processes start, too."""
     environment.update(_SET)
@@ -50,7 +54,7 @@ def prepare_own(threads: int, environment: MutableMapping[str, str] = os.environ
     environment[LOOPBACK] = "1"
     environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # by which Ray takes 127.0.0.1 for this machine's address
     environment["RAY_AUTH_MODE"] = "token"
-    environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    environment["RAY_AUTH_TOKEN"] = _TOKEN
     environment.setdefault("OMP_NUM_THREADS", str(threads))
 
 

@@ -167,11 +167,11 @@ async def _answer(app: Any, request: Request) -> Response:
     return response
 
 
-def application(settings: ServeSettings, gpus: float) -> Any:
-    """The server, as `serve.run` takes it."""
+def application(settings: ServeSettings, gpus: float, kind: type[Any] = Painter) -> Any:
+    """The server, as `serve.run` takes it; `kind` draws, with the methods of a `Painter`."""
     values = dict(settings)
     waiting = settings.queue + 2 * settings.batch_size
-    painter = serve.deployment(Painter).options(
+    painter = serve.deployment(kind).options(
         name="painter",
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -38,8 +38,8 @@ def serve(settings: ServeSettings, on_ready: Callable[[str], None] = lambda addr
 
 
 @contextmanager
-def running(settings: ServeSettings) -> Iterator[str]:
-    """Serve while the block runs; the value is the endpoint's address.
+def running(settings: ServeSettings, **other: Any) -> Iterator[str]:
+    """Serve while the block runs; the value is the endpoint's address. What else `application` takes is for it.
 
     Raises:
         KronAError: as `serve`.
@@ -57,7 +57,7 @@ def running(settings: ServeSettings) -> Iterator[str]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _join(ray, settings)
     try:
-        _deploy(ray, ray_serve, settings)
+        _deploy(ray, ray_serve, settings, other)
         if settings.ray is None:
             check_loopback(settings.port)
         yield f"http://{_bracketed(settings.host)}:{settings.port}"
@@ -73,7 +73,9 @@ def _check_here(settings: ServeSettings) -> None:
     from ..bases.loading import base_configs
 
     Listing(settings.source)
-    base_configs(settings.base)
+    folder = base_configs(settings.base)
+    if not (folder / "model_index.json").is_file():
+        raise KronAError(f"The base {folder} has no model_index.json, so it is not a Diffusers pipeline's folder.")
     try:
         with socket.create_server((settings.host, settings.port)):
             pass
@@ -99,7 +101,7 @@ def _join(ray: Any, settings: ServeSettings) -> None:
         raise KronAError(f"Ray could not be {'started' if settings.ray is None else 'joined'}: {error}") from error
 
 
-def _deploy(ray: Any, ray_serve: Any, settings: ServeSettings) -> None:
+def _deploy(ray: Any, ray_serve: Any, settings: ServeSettings, other: Mapping[str, Any]) -> None:
     from .replicas import application
 
     gpus = settings.gpus
@@ -109,7 +111,7 @@ def _deploy(ray: Any, ray_serve: Any, settings: ServeSettings) -> None:
         proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port}, logging_config=_QUIET
     )
     try:
-        ray_serve.run(application(settings, gpus), name=_NAME, route_prefix="/", logging_config=_QUIET)
+        ray_serve.run(application(settings, gpus, **other), name=_NAME, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
         raise KronAError(f"The server did not start: {error}") from error
 
