@@ -143,7 +143,7 @@ def test_metrics_are_rays(server: Server) -> None:
     def told() -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics") as answer:
             text = answer.read().decode()
-        names = "diffusekrona_pictures_total diffusekrona_batch_size_count serve_num_http_requests_total".split()
+        names = ["diffusekrona_pictures_total", "diffusekrona_batch_size_count", "serve_num_http_requests_total"]
         return all(re.search(rf"^ray_{name}\{{.* [1-9]", text, re.MULTILINE) for name in names)
 
     wait_for(told, 60, server.log)
