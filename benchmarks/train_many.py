@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .training_memory import resident_peak
+
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "train_many.md"
 SMALL = ROOT / "models" / "emoji-sdxl"
@@ -101,12 +103,7 @@ def run(case: Case, base: Path, at_once: int) -> None:
     # Before a subject's first step, its pictures are encoded.
     taken = [now - before for (_, before), (step, now) in pairwise(moments) if step > 1]
     seconds = sum(taken) / len(taken)
-    print(json.dumps({"seconds": seconds, "memory": peak()}))
-
-
-def peak() -> float:
-    """Most resident memory so far, in MB."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    print(json.dumps({"seconds": seconds, "memory": resident_peak()}))
 
 
 def measured(number: int, base: Path, at_once: int) -> dict[str, float]:

@@ -134,11 +134,11 @@ def run_measured(told: Path, program: Sequence[str]) -> None:
 
     def begin() -> None:
         if not peaks.before:
-            peaks.before = _resident_peak()
+            peaks.before = resident_peak()
             Path("/proc/self/clear_refs").write_text("5")  # starts counting the peak again
 
     def stepped() -> None:
-        peaks.steps = _resident_peak()
+        peaks.steps = resident_peak()
 
     for denoiser in (UNet2DConditionModel, Flux2Transformer2DModel):
         denoiser.forward = _around(denoiser.forward, before=begin)
@@ -152,7 +152,7 @@ def run_measured(told: Path, program: Sequence[str]) -> None:
     except SystemExit as error:  # with which typer ends
         if error.code:
             raise
-    peaks.whole = max(peaks.before, _resident_peak())
+    peaks.whole = max(peaks.before, resident_peak())
     told.write_text(json.dumps(vars(peaks)))
 
 
@@ -171,7 +171,8 @@ def _around(
     return call
 
 
-def _resident_peak() -> float:
+def resident_peak() -> float:
+    """Most resident memory of this process so far, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from diffusekrona.training.many import train_many
 from diffusekrona.training.subjects import find_subjects
 from tests.pipelines import tiny_sd_pipeline
+from tests.training.test_many import shared
 
 pytest.importorskip("ray")
 
@@ -38,21 +39,6 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def values(place: Path, **more: object) -> dict[str, object]:
-    return {
-        "pretrained_model_name_or_path": str(place / "base"),
-        "instance_prompt": "a sks {name}",
-        "a1": 4,
-        "a2": 8,
-        "max_train_steps": 3,
-        "optimizer": "SGD",
-        "learning_rate": 1.0,
-        "checkpointing_steps": 1,
-        "target_modules": r".*\.to_q",
-        **more,
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_workers_leave_what_one_process_leaves_also_where_one_is_killed(
@@ -60,7 +46,7 @@ def test_workers_leave_what_one_process_leaves_also_where_one_is_killed(
 ) -> None:
     """The worker that trains the dog is killed once it has a checkpoint; another goes on from there."""
     (place / "subjects" / "dog" / "settings.yaml").write_text("max_train_steps: 400\n", encoding="utf-8")
-    (place / "shared.yaml").write_text(json.dumps(values(place)), encoding="utf-8")
+    (place / "shared.yaml").write_text(json.dumps(shared(place / "base")), encoding="utf-8")
     words = ["train-many", "subjects", "out", "--config", "shared.yaml", "--ray", "local", "--at-once", "1"]
     command = [sys.executable, "-c", "from diffusekrona.cli import app; app()", *words]
     with subprocess.Popen(
@@ -82,7 +68,7 @@ def test_workers_leave_what_one_process_leaves_also_where_one_is_killed(
     }, said
     assert process.returncode == 1
     assert "cat is set aside" in said
-    alone = find_subjects(place / "subjects", place / "alone", values(place))
+    alone = find_subjects(place / "subjects", place / "alone", shared(place / "base"))
     train_many([subject for subject in alone if subject.name != "cat"])
     for name in ("bird", "dog"):
         here, there = (load_file(place / folder / name / f"{name}.safetensors") for folder in ("out", "alone"))

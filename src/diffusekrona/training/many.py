@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,8 +45,6 @@ from .settings import Settings, settings_text
 from .status import StatusWriter
 from .subjects import Subject
 from .together import Member, Together, active_alone
-
-_log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 """File beside the adapters that says what became of each subject."""

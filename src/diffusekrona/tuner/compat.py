@@ -223,33 +223,29 @@ def parsed_expression(text: str) -> Any:
     return _expressions.parse(text)
 
 
-@contextmanager
-def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+def adapters_off(layers: Iterable[BaseTunerLayer]) -> AbstractContextManager[None]:
     """Let PEFT's layers be their base layers for a while.
 
     Their own `enable_adapters` also takes the factors out of the training.
     """
-    before = [(layer, layer._disable_adapters) for layer in layers]
-    for layer, _ in before:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, disabled in before:
-            layer._disable_adapters = disabled
+    return _set_meanwhile(layers, "_disable_adapters", True)
 
 
-@contextmanager
-def only_active(layers: Iterable[BaseTunerLayer], adapter_names: list[str]) -> Iterator[None]:
+def only_active(layers: Iterable[BaseTunerLayer], adapter_names: list[str]) -> AbstractContextManager[None]:
     """Let these be the active adapters of PEFT's layers for a while.
 
     Their own `set_adapter` also takes the factors of others out of the training.
     """
-    before = [(layer, layer._active_adapter) for layer in layers]
+    return _set_meanwhile(layers, "_active_adapter", adapter_names)
+
+
+@contextmanager
+def _set_meanwhile(layers: Iterable[BaseTunerLayer], attribute: str, value: Any) -> Iterator[None]:
+    before = [(layer, getattr(layer, attribute)) for layer in layers]
     for layer, _ in before:
-        layer._active_adapter = adapter_names
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
-        for layer, active in before:
-            layer._active_adapter = active
+        for layer, former in before:
+            setattr(layer, attribute, former)
